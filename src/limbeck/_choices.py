@@ -1,0 +1,122 @@
+"""What ``precision: auto`` chooses, by measuring the real models on a real batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.engine import Engine, candidates, measure
+from limbeck.models import Capture, Model
+from limbeck.objective import Objective
+from limbeck.randomness import seed_for
+from limbeck.recipe import Recipe, Train
+from limbeck.teacher import LiveTeacher
+from limbeck.types import Batch, Outputs, Signal
+
+__all__ = ["choose", "explicit", "resolved", "snapshot", "student_choice", "teacher_choice"]
+
+Choice = tuple[Engine, dict[str, Any]]
+
+
+def choose(
+    recipe: Recipe, student: Model, teacher: Model | None, columns: Any, objective: Objective, batch: Batch, device: torch.device
+) -> tuple[dict[str, Engine], dict[str, Any]]:
+    """How teacher and student run, by role, and the record of why. batch: one real microbatch, on the CPU."""
+    engines: dict[str, Engine] = {}
+    choices: dict[str, Any] = {}
+    signal = None
+    if teacher is not None and recipe.teacher is not None:
+        engines["teacher"], choices["teacher"] = teacher_choice(
+            teacher, batch, device, recipe.teacher.precision, recipe.teacher.layout, recipe.train.precision
+        )
+        if recipe.train.precision == "auto":
+            live = LiveTeacher(teacher, Engine(device), columns)
+            signal = live(live.engine.send(batch), objective.teacher_needs)
+    engines["student"], choices["student"] = student_choice(student, signal, objective, batch, device, recipe.train, recipe.seed)
+    return engines, choices
+
+
+def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int) -> Recipe:
+    """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run."""
+    student = engines["student"]
+    train = recipe.train.model_copy(update={"precision": student.precision, "layout": student.layout, "workers": workers, "device": str(student.device)})
+    teacher = recipe.teacher
+    if teacher is not None:
+        teacher = teacher.model_copy(update={"precision": engines["teacher"].precision, "layout": engines["teacher"].layout})
+    return recipe.model_copy(update={"train": train, "teacher": teacher})
+
+
+def explicit(recipe: Recipe, device: torch.device) -> dict[str, Engine]:
+    """The engines of a resolved recipe."""
+    engines = {"student": Engine(device, recipe.train.precision, recipe.train.layout or "channels_first")}
+    if recipe.teacher is not None:
+        engines["teacher"] = Engine(device, recipe.teacher.precision, recipe.teacher.layout or "channels_first")
+    return engines
+
+
+def teacher_choice(model: Model, batch: Batch, device: torch.device, precision: str, layout: str | None, student_precision: str) -> Choice:
+    """How the teacher runs. An explicit precision (its own, else the student's) is taken as it is; ``auto`` is measured on its forward pass."""
+    if precision == "auto" and student_precision != "auto":
+        precision = student_precision
+    if precision != "auto":
+        return Engine(device, precision, layout or "channels_first"), {"measured": [], "reason": "given in the recipe"}
+
+    def logits(engine: Engine) -> Tensor:
+        engine.place(model.module)
+        model.module.eval()
+        sent = engine.send(batch)
+        assert sent.teacher is not None
+        with torch.no_grad(), engine.autocast():
+            return model(sent.teacher)
+
+    return measure(candidates(device, _layouts(batch.teacher or {}, layout)), logits)
+
+
+def student_choice(student: Model, teacher: Signal | None, objective: Objective, batch: Batch, device: torch.device, settings: Train, seed: int) -> Choice:
+    """How the student trains; measured on forward and backward of one microbatch, compared by its gradient. The student is left as it was."""
+    if settings.precision != "auto":
+        return Engine(device, settings.precision, settings.layout or "channels_first"), {"measured": [], "reason": "given in the recipe"}
+    module, before = student.module, snapshot(student.module)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    counts = objective.counts(batch)
+
+    def gradient(engine: Engine) -> Tensor:
+        engine.place(module)
+        engine.place(objective)
+        module.load_state_dict(before)
+        module.train()
+        module.zero_grad(set_to_none=True)
+        sent = engine.send(batch)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), Capture(module, objective.student_needs.features) as capture:
+            torch.manual_seed(seed_for(seed, "dropout", 0, 0, 0))
+            with engine.autocast():
+                outputs = Outputs(student(sent.student), capture.features)
+            loss, _ = objective(outputs, teacher, sent, progress=0.0, counts=counts)
+            loss.backward()
+        return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in parameters])
+
+    try:
+        return measure(candidates(device, _layouts(batch.student, settings.layout)), gradient)
+    finally:
+        module.zero_grad(set_to_none=True)
+        objective.zero_grad(set_to_none=True)
+        Engine(torch.device("cpu")).place(module)
+        module.load_state_dict(before)
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor of a module's state, on the CPU."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in module.state_dict().items()}
+
+
+def _layouts(inputs: Any, layout: str | None) -> Sequence[str]:
+    """Layout matters for images (four dimensions) only."""
+    if layout is not None:
+        return [layout]
+    images = any(value.ndim == 4 for value in inputs.values())
+    return ["channels_first", "channels_last"] if images else ["channels_first"]
+
+

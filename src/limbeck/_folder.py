@@ -1,0 +1,132 @@
+"""The output folder: refused, begun or resumed; and the signals that ask a run to leave."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import Interrupted, Problem, UsageError
+from limbeck.recipe import Recipe, absolute, build_recipe, differences, read_yaml
+from limbeck.run import disk_errors, read_json
+
+__all__ = ["Stop", "finished", "matches", "next_free", "refuse_taken"]
+
+
+def finished(folder: Path) -> bool:
+    """A run is finished when its last file stands: the report comes after the metrics."""
+    return (folder / "metrics.json").is_file() and (folder / "report.html").is_file()
+
+
+def next_free(root: Path, name: str) -> Path:
+    """``root/name``, or ``root/name-2`` ... where that is taken."""
+    candidate, number = root / name, 2
+    while candidate.exists():
+        candidate, number = root / f"{name}-{number}", number + 1
+    return candidate
+
+
+def refuse_taken(out: Path, resume: bool) -> None:
+    """An output folder with something in it is only written into on ``--resume``, and only where a run was begun."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(Problem("--out", f"{out} is a file.", "Name a folder that does not exist yet."))
+    inside = [p.name for p in out.iterdir()]
+    if not inside:
+        return
+    if not resume:
+        raise UsageError(Problem("--out", f"{out} exists and is not empty.", "Name another folder, or add --resume to continue the run in it."))
+    if not (out / "recipe.yaml").is_file():
+        raise UsageError(Problem("--out", f"{out} holds no run (it has no recipe.yaml), so there is nothing to resume.", "Name another folder."))
+
+
+def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, dict[str, Any]] | None:
+    """What a run to be resumed has recorded: its recipe, with the choices that were made by measuring, and its environment.
+
+    None where nothing was begun. Raises UsageError where the recipe, the data or the teacher is another one.
+    """
+    if not (out / "recipe.yaml").is_file():
+        return None
+    recorded = read_recipe(out)
+    problems = [Problem("--resume", text) for text in differences(recorded, _measured_from(recipe, recorded))]
+    environment = read_json(out / "environment.json") if (out / "environment.json").is_file() else {}
+    for key, what in (("data", "the data"), ("teacher", "the teacher"), ("seeds", "the number of seeds")):
+        before, now = environment.get("facts", {}).get(key), facts.get(key)
+        if before is not None and before != now:
+            problems.append(Problem("--resume", f"{what} changed since this run was begun ({before} then, {now} now).", "Name another --out."))
+    if problems:
+        raise UsageError(problems)
+    return recorded, environment
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe that a run has recorded."""
+    plain = read_yaml(folder / "recipe.yaml")
+    recipe = build_recipe(plain, command="train" if plain.get("teacher") is None else "distill", where=str(folder / "recipe.yaml"))
+    return absolute(recipe, folder)
+
+
+def same_recipe(out: Path, recipe: Recipe) -> None:
+    """Refuse a recipe that differs from the finished run's."""
+    recorded = read_recipe(out)
+    problems = [Problem("--resume", text) for text in differences(recorded, _measured_from(recipe, recorded))]
+    if problems:
+        raise UsageError(problems)
+
+
+def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
+    """The given recipe with every ``auto`` replaced by what the run recorded in its place."""
+    train = recipe.train.model_copy(
+        update={
+            **({"precision": recorded.train.precision} if recipe.train.precision == "auto" else {}),
+            **({"layout": recorded.train.layout} if recipe.train.layout is None else {}),
+            **({"workers": recorded.train.workers} if recipe.train.workers == "auto" else {}),
+            **({"device": recorded.train.device} if recipe.train.device == "auto" else {}),
+        }
+    )
+    teacher = recipe.teacher
+    if teacher is not None and recorded.teacher is not None and teacher.precision == "auto":
+        teacher = teacher.model_copy(update={"precision": recorded.teacher.precision, "layout": recorded.teacher.layout})
+    return recipe.model_copy(update={"train": train, "teacher": teacher})
+
+
+class Stop:
+    """SIGTERM and SIGINT ask the run to leave after a checkpoint; asked again, it leaves at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def between(self, phase: str) -> None:
+        """Leave here, where everything finished so far is committed, if a signal came."""
+        if self.requested:
+            raise Interrupted(f"Stopped by a signal before {phase}; everything finished so far is kept.")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def asked(number: int, frame: object) -> None:
+            if self.requested:
+                raise Interrupted("Stopped at once by a second signal; the last checkpoint is kept.")
+            self.requested = True
+
+        old = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def make(out: Path) -> None:
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,155 @@
+"""What the stages of a run are fed with: builders, plans, objectives and validation, from one recipe and one set of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.data import BatchBuilder, Data, Plan, Split, augmentation, evaluation_requests, token_lengths
+from limbeck.engine import Engine
+from limbeck.evaluate import metrics, predict
+from limbeck.models import Model, probe_shapes
+from limbeck.objective import Objective, needs_of
+from limbeck.randomness import order
+from limbeck.recipe import Recipe
+from limbeck.train import Feed
+from limbeck.types import Batch, Inputs, Preprocessing, TextPreprocessing
+
+__all__ = ["Parts"]
+
+EVALUATION_BATCH = 256
+PROBE = 2
+
+
+class Parts:
+    """One recipe on one set of data, for models that prepare their inputs as ``student`` and ``teacher`` say."""
+
+    def __init__(self, recipe: Recipe, data: Data, student: Preprocessing, teacher: Preprocessing | None) -> None:
+        self.recipe, self.data, self.student, self.teacher = recipe, data, student, teacher
+        self.augment = augmentation(recipe.data.augment, data)
+        views = recipe.teacher_cache.views
+        self.views = None if views == "live" else views
+        self._lengths: dict[str, np.ndarray[Any, Any] | None] = {}
+
+    @cached_property
+    def label_counts(self) -> np.ndarray[Any, Any]:
+        """``(C,)`` labelled training rows of each class."""
+        labels = self.data.train.labels
+        return np.bincount(labels[labels >= 0], minlength=len(self.data.classes))
+
+    @cached_property
+    def labelled(self) -> Split:
+        """The training rows that have a label: what a baseline, or a teacher's own training, learns from."""
+        rows = np.flatnonzero(self.data.train.labels >= 0)
+        return self.data.train if len(rows) == len(self.data.train) else self.data.train.take(rows)
+
+    def builder(self, split: Split, *, teacher: bool = False, training: bool = False, student: Preprocessing | None = None) -> BatchBuilder:
+        dtype = torch.float64 if self.recipe.train.precision == "float64" else torch.float32
+        return BatchBuilder(
+            split,
+            student=student or self.student,
+            teacher=self.teacher if teacher else None,
+            augment=self.augment if training else None,
+            data_seed=self.recipe.data.seed,
+            num_classes=len(self.data.classes),
+            dtype=dtype,
+        )
+
+    def lengths(self, split: Split, preprocessing: Preprocessing | None = None) -> np.ndarray[Any, Any] | None:
+        """Token counts of a split's rows, where batches are bucketed by them."""
+        wanted = preprocessing or self.student
+        return token_lengths(split, wanted) if isinstance(wanted, TextPreprocessing) else None
+
+    def plan(self, split: Split, *, epochs: int, batch_size: int, seed: int, total_steps: int | None = None, preprocessing: Preprocessing | None = None) -> Plan:
+        return Plan(
+            split,
+            seed=seed,
+            data_seed=self.recipe.data.seed,
+            epochs=epochs,
+            batch_size=batch_size,
+            views=self.views,
+            lengths=self.lengths(split, preprocessing),
+            drop_single=True,
+            total_steps=total_steps,
+        )
+
+    def feed(self, recipe: Recipe, *, with_teacher: bool, workers: int = 0, pin_memory: bool = False) -> Feed:
+        """What a student reads: all rows beside a teacher, the labelled ones alone."""
+        split = self.data.train if with_teacher else self.labelled
+        plan = self.plan(split, epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed)
+        return Feed(plan, self.builder(split, teacher=with_teacher, training=True), plan.steps_per_epoch, workers, pin_memory)
+
+    def baseline_feed(self, recipe: Recipe, *, with_teacher: bool, workers: int = 0, pin_memory: bool = False) -> Feed:
+        """What the baseline reads: the labelled rows, for as many optimiser steps of the same size as the student beside its teacher."""
+        beside = self.feed(recipe, with_teacher=True)
+        if self.labelled is self.data.train:
+            plan = beside.plan
+        else:
+            steps = beside.plan.total_steps
+            plan = self.plan(self.labelled, epochs=steps, batch_size=recipe.train.batch_size, seed=recipe.seed, total_steps=steps)
+        return Feed(plan, self.builder(self.labelled, teacher=with_teacher, training=True), beside.round, workers, pin_memory)
+
+    def first_batch(self, recipe: Recipe, *, with_teacher: bool) -> Batch:
+        """One microbatch of the first step, as it is measured with."""
+        feed = self.feed(recipe, with_teacher=with_teacher)
+        batch = feed.builder(feed.plan.request(0))
+        return batch.part(0, -(-len(batch) // recipe.train.accumulate))
+
+    def objective(self, student: Model, teacher: Model | None, seed: int) -> Objective:
+        """The recipe's objective; projections are sized by a shape probe and drawn from (seed, role)."""
+        of_student, of_teacher = needs_of(self.recipe.objective)
+        shapes_student: dict[str, tuple[int, ...]] = {}
+        shapes_teacher: dict[str, tuple[int, ...]] = {}
+        if of_student.features or of_teacher.features:
+            probe = self.probe(with_teacher=teacher is not None)
+            shapes_student = probe_shapes(student, probe.student, of_student.features)
+            if teacher is not None and probe.teacher is not None:
+                shapes_teacher = probe_shapes(teacher, probe.teacher, of_teacher.features)
+        return Objective.build(
+            self.recipe.objective,
+            classes=self.data.classes,
+            label_counts=self.label_counts,
+            shapes_student=shapes_student,
+            shapes_teacher=shapes_teacher,
+            seed=seed,
+        )
+
+    def baseline_objective(self) -> Objective:
+        return Objective.baseline(self.recipe.objective, classes=self.data.classes, label_counts=self.label_counts)
+
+    def probe(self, *, with_teacher: bool) -> Batch:
+        """A few training samples, prepared for both models without augmentation."""
+        split = self.data.train.take(np.arange(min(PROBE, len(self.data.train))))
+        [request] = evaluation_requests(split, PROBE)
+        return self.builder(split, teacher=with_teacher)(request)
+
+    def logits(self, model: Model, split: Split, engine: Engine, *, batch_size: int = EVALUATION_BATCH, workers: int = 0) -> np.ndarray[Any, Any]:
+        """``(N, C)`` float64 logits of a model on a split, through its own preparation; the model is left in eval mode."""
+        model.module.eval()
+        builder = self.builder(split, student=model.preprocessing)
+        lengths = self.lengths(split, model.preprocessing)
+        return predict(lambda batch: model(batch.student), split, builder, engine, batch_size=batch_size, lengths=lengths, workers=workers)
+
+    def validation(self, model: Model, engine: Engine) -> Callable[[], dict[str, float]] | None:
+        """Accuracy and nll on the validation split, in the precision that the model trains in; None where there is no such split."""
+        split = self.data.valid
+        if not len(split):
+            return None
+
+        def validate() -> dict[str, float]:
+            found = metrics(self.logits(model, split, engine), split.labels)
+            return {"accuracy": found["accuracy"], "nll": found["nll"]}
+
+        return validate
+
+    def sample_inputs(self, count: int, preprocessing: Preprocessing | None = None) -> Inputs:
+        """``count`` test samples (chosen by hash order) as a model takes them, float32 or float64, on the CPU."""
+        rows = order(len(self.data.test), self.recipe.data.seed, "samples")[:count]
+        split = self.data.test.take(np.sort(rows))
+        [request] = evaluation_requests(split, count)
+        return self.builder(split, student=preprocessing)(request).student
+

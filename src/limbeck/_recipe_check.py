@@ -1,0 +1,281 @@
+"""What is wrong with a recipe, all of it at once and before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from limbeck import _recipe_paths as paths
+from limbeck.errors import Problem, listed, nearest
+
+Schema = Mapping[str, Any]
+Given = Mapping[str, Any]
+MISSING = object()
+
+
+# --- reading plain values ---
+
+
+def look(data: Any, path: str) -> Any:
+    """The value at ``train.lr`` or ``objective.0.loss``; MISSING where there is none."""
+    for key in path.split("."):
+        if isinstance(data, Mapping) and key in data:
+            data = data[key]
+        elif isinstance(data, list) and key.isdigit() and int(key) < len(data):
+            data = data[int(key)]
+        else:
+            return MISSING
+    return data
+
+
+def given(data: Given, path: str) -> bool:
+    """Whether a person wrote a value there (``null`` says: does not apply)."""
+    return look(data, path) not in (MISSING, None)
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as it stood in the recipe, cut to a readable length."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+# --- the schema in words ---
+
+
+def resolve(schema: Schema, root: Schema) -> Schema:
+    """``schema`` with a reference followed."""
+    while "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def branches(schema: Schema, root: Schema) -> list[Schema]:
+    """The alternatives of a schema, references followed, ``null`` left out."""
+    options = schema.get("anyOf", [schema])
+    return [r for r in (resolve(option, root) for option in options) if r.get("type") != "null"]
+
+
+def in_words(schema: Schema, root: Schema) -> str:
+    """What a schema allows: ``a number greater than 0``, ``one of adamw, adam, sgd``, ``a whole number of at least 0 or 'auto'``."""
+    schema = resolve(schema, root)
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(in_words(option, root) for option in schema["anyOf"]))
+    if "const" in schema:
+        return shown(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(str(v) for v in schema["enum"])
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        return ("a whole number" if kind == "integer" else "a number") + _range(schema)
+    if kind == "array":
+        if "prefixItems" in schema:
+            return f"a list of {len(schema['prefixItems'])}: " + ", ".join(in_words(s, root) for s in schema["prefixItems"])
+        items = resolve(schema.get("items", {}), root)
+        return f"a list of {'mappings' if items.get('type') == 'object' else in_words(items, root).removeprefix('one of ')}"
+    if kind == "object":
+        named = ", ".join(schema.get("properties", {}))
+        return f"a mapping with the keys {named}" if named else "a mapping"
+    if kind == "string":
+        return str(schema.get("expected", "text"))
+    return {"boolean": "true or false", "null": "null"}.get(str(kind), "another value")
+
+
+def _range(schema: Schema) -> str:
+    low = f"at least {schema['minimum']:g}" if "minimum" in schema else ""
+    low = f"greater than {schema['exclusiveMinimum']:g}" if "exclusiveMinimum" in schema else low
+    high = f"at most {schema['maximum']:g}" if "maximum" in schema and schema["maximum"] < 2**40 else ""
+    high = f"less than {schema['exclusiveMaximum']:g}" if "exclusiveMaximum" in schema else high
+    both = " and ".join(part for part in (low, high) if part)
+    if not both:
+        return ""
+    return f" {both}" if both.startswith(("greater", "less")) else f" of {both}"
+
+
+# --- what the schema finds ---
+
+
+def schema_problems(errors: Sequence[Mapping[str, Any]], data: Given, root: Schema) -> list[Problem]:
+    """pydantic's findings as sentences, one for each key, in the order in which they were found."""
+    found: dict[str, Problem] = {}
+    for error in errors:
+        problem = _sentence(error, data, root)
+        if problem is not None:
+            found.setdefault(problem.where, problem)
+    return list(found.values())
+
+
+def _sentence(error: Mapping[str, Any], data: Given, root: Schema) -> Problem | None:
+    schema: Schema = root
+    value: Any = data
+    keys: list[str] = []
+    location = list(error["loc"])
+    while location:
+        options = branches(schema, root)
+        if len(options) > 1:  # pydantic names the alternative that it tried: not a key, and of use only where a mapping was given
+            objects = [o for o in options if o.get("type") == "object"]
+            tag = location.pop(0)
+            if not isinstance(value, Mapping) or not objects:
+                return _unfit(keys, value, schema, root)
+            if tag not in [o.get("title") for o in objects]:
+                return None
+            schema = next(o for o in objects if o.get("title") == tag)
+            continue
+        part = location.pop(0)
+        schema = options[0] if options else schema
+        properties = schema.get("properties", {})
+        if not location and error["type"] == "extra_forbidden":
+            hint = nearest(str(part), properties) or f"There are {listed(list(properties), 20)}."
+            return Problem(".".join([*keys, str(part)]), "no such key.", hint)
+        if not location and error["type"] == "missing":
+            if isinstance(part, int):
+                return _unfit(keys, value, schema, root)
+            return Problem(".".join([*keys, str(part)]), f"is missing, expected {in_words(properties.get(part, {}), root)}.")
+        keys.append(str(part))
+        value = look(value, str(part))
+        if isinstance(part, int):
+            prefix = schema.get("prefixItems")
+            schema = prefix[part] if prefix and part < len(prefix) else schema.get("items", {})
+        else:
+            schema = properties.get(part, {})
+    return _unfit(keys, value, schema, root)
+
+
+def _unfit(keys: list[str], value: Any, schema: Schema, root: Schema) -> Problem:
+    words = [str(v) for option in branches(schema, root) for v in option.get("enum", [option["const"]] if "const" in option else [])]
+    hint = nearest(value, words) if isinstance(value, str) else ""
+    return Problem(".".join(keys), f"got {shown(value)}, expected {in_words(schema, root)}.", hint)
+
+
+# --- settings that would be ignored ---
+
+
+def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
+    """Key -> why it has no effect in this recipe. Such a key is an error when given, and ``null`` when a complete recipe is written.
+
+    ``value(path)`` is what was given or the default.
+    """
+    reasons: dict[str, str] = {}
+    optimizer, task, kind = value("train.optimizer"), value("task"), paths.source_kind(value("data.source"))
+    if optimizer in ("adam", "adamw"):
+        reasons |= dict.fromkeys(("train.momentum", "train.nesterov"), f"is for the optimizer sgd, and train.optimizer is {optimizer}.")
+    if optimizer == "sgd":
+        reasons["train.betas"] = "is for the optimizers adam and adamw, and train.optimizer is sgd."
+    if task == "image-classification":
+        keys = ("data.text", "data.text_pair", "data.max_length")
+        reasons |= dict.fromkeys(keys, f"is for texts, and the task is {task}.")
+        if kind in paths.IMAGE_SOURCES:
+            reasons["data.label"] = f"names a column, and {kind} has none."
+    if task == "text-classification":
+        reasons |= dict.fromkeys(("train.layout", "teacher.layout"), f"is for images, and the task is {task}.")
+    if kind == "digits":
+        files = ("data.test", "data.valid", "data.unlabelled")
+        reasons |= dict.fromkeys(files, "has no effect on the embedded digits, which take no further files.")
+    if given(data, "data.test"):
+        reasons.setdefault("data.test_fraction", "has no effect where data.test names the test data.")
+    if given(data, "data.valid"):
+        reasons.setdefault("data.valid_fraction", "has no effect where data.valid names the validation data.")
+    if command == "train":
+        reasons["teacher_cache"] = "has no effect without a teacher."
+        reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."
+    return reasons
+
+
+def recipe_problems(data: Given, value: Any, command: str) -> Iterable[Problem]:
+    """Everything beyond types and ranges. Takes plain values that need not fit the schema, so that all problems are told together."""
+    for path, reason in not_applying(data, value, command).items():
+        if given(data, path):
+            yield Problem(path, reason, "Leave it out.")
+    yield from _roles(data, command)
+    yield from _data(data, value)
+    yield from _training(data, value)
+    for name in ("export", "track"):
+        items = value(name)
+        if isinstance(items, list) and len({str(i) for i in items}) < len(items):
+            yield Problem(name, f"names something twice: {shown(items)}.")
+
+
+def _roles(data: Given, command: str) -> Iterable[Problem]:
+    teacher = look(data, "teacher")
+    if isinstance(teacher, list):
+        yield Problem("teacher", "got a list, expected one teacher: ensembles of teachers are not built yet.")
+    elif command == "train" and teacher not in (MISSING, None):
+        yield Problem("teacher", "has no effect in `limbeck train`, which trains the student alone.", "Use `limbeck distill`.")
+    elif command == "distill" and teacher in (MISSING, None):
+        yield Problem("teacher", "is missing: name the model to learn from (--teacher).", "To train without one, use `limbeck train`.")
+    if command == "train" and look(data, "baseline") is True:
+        yield Problem("baseline", "has no effect in `limbeck train`: a training has no baseline beside it.", "Leave it out.")
+    for role in ("teacher", "student"):
+        yield from paths.check_model(look(data, f"{role}.model"), f"{role}.model", role)
+
+
+def _data(data: Given, value: Any) -> Iterable[Problem]:
+    source, task = value("data.source"), value("task")
+    kind = paths.source_kind(source)
+    wrong = paths.check_source(source, "data.source")
+    yield from wrong
+    suggested = paths.task_of(source)
+    if task is MISSING and not wrong and isinstance(source, str) and source:
+        yield Problem("task", f"cannot be told from the data '{source}'; say image-classification or text-classification (--task).")
+    if suggested and task in ("image-classification", "text-classification") and task != suggested:
+        yield Problem("task", f"is {task}, but {kind} data are for {suggested}.")
+    augment = look(data, "data.augment")
+    if task == "text-classification" and augment not in (MISSING, None, "none"):
+        yield Problem("data.augment", f"is for images, and the task is {task}.", "Leave it out.")
+    if isinstance(augment, Mapping):
+        if augment.get("crop") is not None and augment.get("resized_crop") is not None:
+            yield Problem("data.augment", "has both crop and resized_crop; choose one of them.")
+        box = augment.get("resized_crop")
+        if isinstance(box, list) and len(box) == 2 and all(_number(b) for b in box) and box[0] > box[1]:
+            yield Problem("data.augment.resized_crop", f"got {shown(box)}, expected the smaller fraction first.")
+    if look(data, "data.corrupt") == "skip" and kind in ("digits", "npz"):
+        yield Problem("data.corrupt", f"is for image files, and {kind} has none.", "Leave it out.")
+    test, valid = value("data.test_fraction"), value("data.valid_fraction")
+    if _number(test) and _number(valid) and test + valid >= 1:
+        yield Problem("data.test_fraction", f"{test:g} and data.valid_fraction {valid:g} leave nothing to train on.")
+    limit, labelled = value("data.train_limit"), value("data.labelled_limit")
+    if _number(limit) and _number(labelled) and labelled > limit:
+        yield Problem("data.labelled_limit", f"got {labelled}, more than data.train_limit ({limit}).")
+
+
+def _training(data: Given, value: Any) -> Iterable[Problem]:
+    if value("train.optimizer") == "sgd" and value("train.momentum") == 0 and look(data, "train.nesterov") is True:
+        yield Problem("train.nesterov", "needs a momentum, and train.momentum is 0.")
+    accumulate, batch = value("train.accumulate"), value("train.batch_size")
+    if _number(accumulate) and _number(batch) and accumulate > batch > 0:
+        yield Problem("train.accumulate", f"got {accumulate}, more microbatches than train.batch_size ({batch}) has samples.")
+    device, precision = value("train.device"), value("train.precision")
+    if not isinstance(device, str):
+        return
+    for key, name in (("train.precision", precision), ("teacher.precision", value("teacher.precision"))):
+        if name == "float64" and device == "mps":
+            yield Problem(key, "float64 is not available on the device mps.")
+        if name == "fp16" and device.startswith(("cpu", "mps")):
+            yield Problem(key, f"fp16 needs a CUDA device, and train.device is {device}.", "Use bf16, or auto.")
+        elif name == "fp16" and device == "auto" and _cuda_devices() == 0:
+            yield Problem(key, "fp16 needs a CUDA device, and none is available here.", "Use bf16, or auto.")
+    if device.startswith("cuda"):
+        count, index = _cuda_devices(), device.partition(":")[2] or "0"
+        if count == 0:
+            yield Problem("train.device", f"got '{device}', but no CUDA device is available here.", "Use auto.")
+        elif index.isdigit() and int(index) >= count:
+            yield Problem("train.device", f"got '{device}', but there are {count} CUDA devices (cuda:0 to cuda:{count - 1}).")
+    if device == "mps":
+        import torch
+
+        if not torch.backends.mps.is_available():
+            yield Problem("train.device", "got 'mps', which this machine does not have.", "Use auto.")
+
+
+def _cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

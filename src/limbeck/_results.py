@@ -1,0 +1,128 @@
+"""metrics.json: what was measured, of one seed and of several."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+
+from limbeck import __version__
+from limbeck.data import Data
+from limbeck.engine import Engine
+from limbeck.evaluate import agreement, bootstrap_interval, latency, metrics, seeds_interval, throughput
+from limbeck.models import Model, describe
+from limbeck.progress import peak_rss_bytes
+from limbeck.recipe import Recipe
+from limbeck.train import Trained
+from limbeck.types import Inputs
+from limbeck.verdict import gap_closed, verdict
+
+__all__ = ["figures", "joint_metrics", "seed_metrics"]
+
+PRIMARY = "accuracy"
+THROUGHPUT_BATCH = 64
+
+
+def figures(model: Model, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], inputs: Inputs, engine: Engine) -> dict[str, Any]:
+    """Everything about one model: metrics on the test split, size, work and speed.
+
+    inputs: prepared test samples on the CPU; the model is on ``engine``'s device in its precision. flops: of one sample (a multiply-add is 2).
+    """
+    sent = {k: v.to(engine.device, engine.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    one = {k: v[:1] for k, v in sent.items()}
+    many = {k: v[:THROUGHPUT_BATCH] for k, v in sent.items()}
+    return {
+        "metrics": metrics(logits, labels),
+        **describe(model, one),
+        "latency_ms": latency(model, one),
+        "throughput": {"items_per_second": throughput(model, many), "batch_size": len(next(iter(many.values())))},
+    }
+
+
+def seed_metrics(
+    recipe: Recipe,
+    data: Data,
+    measured: dict[str, Any],
+    logits: dict[str, np.ndarray[Any, Any]],
+    runs: dict[str, Trained],
+    exported: dict[str, Any],
+    *,
+    teacher: tuple[int, float],
+    total_seconds: float,
+    notes: list[str],
+) -> dict[str, Any]:
+    """The metrics of one seed. measured: figures by role; teacher: (items, seconds) of its forward passes in this run."""
+    labels = data.test.labels
+    models: dict[str, Any] = {role: dict(measured[role]) for role in ("teacher", "baseline", "student") if role in measured}
+    interval = None
+    if "teacher" in logits:
+        for role in set(models) - {"teacher"}:
+            models[role]["agreement"] = agreement(logits[role], logits["teacher"])
+    if "baseline" in logits:
+        right = {role: (logits[role].argmax(1) == labels).astype(np.float64) for role in ("student", "baseline")}
+        interval = bootstrap_interval(right["student"], right["baseline"], recipe.data.seed)
+    best = [row["valid"] for row in runs["student"].history if row["valid"] is not None and row["epoch"] == runs["student"].selected_epoch]
+    found: dict[str, Any] = {
+        "limbeck": __version__,
+        "task": recipe.task,
+        "primary_metric": PRIMARY,
+        "seeds": [recipe.seed],
+        "models": models,
+        "gap_closed": gap_closed(_primary(models, "teacher"), _primary(models, "baseline"), models["student"]["metrics"][PRIMARY]),
+        "interval": None if interval is None else {"student_minus_baseline": interval, "level": 0.95, "method": "paired bootstrap over test items"},
+        "verdict": verdict(models, interval, 1, "over the test items"),
+        "validation": best[0] if best else None,
+        "cost": {
+            "teacher_seconds": teacher[1],
+            "teacher_items": teacher[0],
+            "cache_hits": 0,
+            "train_seconds": runs["student"].seconds,
+            "baseline_seconds": runs["baseline"].seconds if "baseline" in runs else 0.0,
+            "total_seconds": total_seconds,
+            "steps": runs["student"].steps,
+            "peak_rss_bytes": peak_rss_bytes(),
+        },
+        "export": exported,
+        "data": {"train": len(data.train), "labelled": int((data.train.labels >= 0).sum()), "valid": len(data.valid), "test": len(data.test)},
+        "notes": notes,
+    }
+    return found
+
+
+def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """Several seeds as one: each metric is the mean, ``metrics_std`` the sample deviation; and the index of the seed that is best on validation."""
+    best = max(range(len(results)), key=lambda i: (results[i]["validation"] or {}).get(PRIMARY) or 0.0)
+    models: dict[str, Any] = {}
+    for role, chosen in results[best]["models"].items():
+        rows = [r["models"][role] for r in results]
+        each = {name: [row["metrics"][name] for row in rows] for name in chosen["metrics"]}
+        models[role] = {
+            **chosen,
+            "metrics": {name: statistics.fmean(values) for name, values in each.items()},
+            "metrics_std": {name: statistics.stdev(values) for name, values in each.items()},
+        }
+        if "agreement" in chosen:
+            models[role]["agreement"] = statistics.fmean(row["agreement"] for row in rows)
+    interval = None
+    if "baseline" in models:
+        interval = seeds_interval([r["models"]["student"]["metrics"][PRIMARY] - r["models"]["baseline"]["metrics"][PRIMARY] for r in results])
+    count = len(results)
+    costs = [r["cost"] for r in results]
+    joint = {
+        **results[best],
+        "seeds": [seed for r in results for seed in r["seeds"]],
+        "models": models,
+        "gap_closed": gap_closed(_primary(models, "teacher"), _primary(models, "baseline"), models["student"]["metrics"][PRIMARY]),
+        "interval": None if interval is None else {"student_minus_baseline": interval, "level": 0.95, "method": f"t interval over {count} paired seeds"},
+        "verdict": verdict(models, interval, count, f"over {count} seeds"),
+        "cost": {k: max(c[k] for c in costs) if k == "peak_rss_bytes" else sum(c[k] for c in costs) for k in costs[0]},
+        "best_seed": results[best]["seeds"][0],
+        "runs": [{"seed": r["seeds"][0], **{role: m["metrics"] for role, m in r["models"].items()}} for r in results],
+    }
+    return joint, best
+
+
+def _primary(models: dict[str, Any], role: str) -> float | None:
+    return models[role]["metrics"][PRIMARY] if role in models else None
+

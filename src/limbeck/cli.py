@@ -1,0 +1,455 @@
+"""Arguments in, one function of the spine out.
+
+Nothing heavy is imported here: ``limbeck --help`` answers without torch, numpy, pydantic or pyarrow. Options are texts, and the
+recipe judges them, so that all mistakes of a command line are told at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from limbeck._cli_run import call, emit, print_json
+from limbeck.errors import Problem, UsageError, listed, nearest
+
+__all__ = ["app", "main"]
+
+EXPORTS = ("onnx", "torchscript", "pt2")
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="limbeck",
+    help="Knowledge distillation: teacher in, deployable student out, with the proof of what the teacher bought.",
+    context_settings=_CONTEXT,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[str | None, typer.Argument(metavar="RECIPE.yaml", show_default=False, help="A recipe file (see `limbeck recipes`).")]
+Teacher = Annotated[str | None, typer.Option("--teacher", metavar="SPEC", help="The model to learn from (see `limbeck models`).")]
+Student = Annotated[str | None, typer.Option("--student", metavar="SPEC", help="The model to train (see `limbeck models`).")]
+DataSource = Annotated[
+    str | None, typer.Option("--data", metavar="SPEC", help="digits, npz:FILE, imagefolder:DIR, csv:FILE, jsonl:FILE, parquet:FILE, hf:ID.")
+]
+Task = Annotated[
+    str | None, typer.Option("--task", metavar="TASK", help="image-classification or text-classification; where the data do not tell.")
+]
+Temp = Annotated[str | None, typer.Option("--temp", metavar="T", help="Temperature of the distillation loss (4 by default).")]
+Alpha = Annotated[
+    str | None, typer.Option("--alpha", metavar="A", help="Weight of the distillation loss; cross entropy has 1 - A (0.7 by default).")
+]
+FitTeacher = Annotated[
+    bool, typer.Option("--fit-teacher", help="Fine-tune the teacher first where its head does not fit the classes of the data.")
+]
+Epochs = Annotated[str | None, typer.Option("--epochs", metavar="N", help="Passes over the training data.")]
+BatchSize = Annotated[str | None, typer.Option("--batch-size", metavar="N", help="Samples of one optimiser step.")]
+Lr = Annotated[str | None, typer.Option("--lr", metavar="X", help="Peak learning rate.")]
+Seed = Annotated[
+    str | None, typer.Option("--seed", metavar="N", help="Of initial weights, order and dropout; splits and views have their own.")
+]
+Seeds = Annotated[str | None, typer.Option("--seeds", metavar="N", help="Run N seeds; report mean and deviation.")]
+Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default a new one under runs/.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+NoBaseline = Annotated[bool, typer.Option("--no-baseline", help="Do not train the same student without the teacher beside it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output; everything else goes to standard error.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="Any recipe key, e.g. --set train.optimizer=sgd (a YAML value)."),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", show_default=False, help="The folder of a run.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"limbeck {version('limbeck')}")
+        except PackageNotFoundError:
+            print("limbeck (not installed)")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(out: Out = None, json: Json = False) -> None:
+    """The main job on embedded data, from nothing, in about a minute."""
+
+    def work() -> dict[str, Any]:
+        from limbeck.demo import demo as run_demo
+
+        return dict(run_demo(_folder(out)))
+
+    emit(work, json)
+
+
+@app.command()
+def distill(
+    recipe: RecipeFile = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    data: DataSource = None,
+    task: Task = None,
+    temp: Temp = None,
+    alpha: Alpha = None,
+    fit_teacher: FitTeacher = False,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    resume: Resume = False,
+    no_baseline: NoBaseline = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    sets: Sets = None,
+) -> None:
+    """Teacher in, verified student out.
+
+    Trains the student from the teacher and, as a baseline, without it; evaluates, exports, checks and reports.
+    """
+    options: dict[str, Any] = {
+        "teacher": teacher,
+        "temp": temp,
+        "alpha": alpha,
+        "fit_teacher": fit_teacher or None,
+        "student": student,
+        "data": data,
+    }
+    options |= {
+        "task": task,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "baseline": False if no_baseline else None,
+    }
+    emit(lambda: _run("distill", recipe, options, sets or [], out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json), json)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile = None,
+    student: Student = None,
+    data: DataSource = None,
+    task: Task = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    resume: Resume = False,
+    no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Accepted; a training has no baseline.")] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    sets: Sets = None,
+) -> None:
+    """Fine-tune --student on labels, without a teacher.
+
+    What it trains can be the teacher of a later run, by the name run:DIR.
+    """
+    options: dict[str, Any] = {
+        "student": student,
+        "data": data,
+        "task": task,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+    }
+    options |= {"baseline": False if no_baseline else None}
+    emit(lambda: _run("train", recipe, options, sets or [], out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json), json)
+
+
+@app.command()
+def evaluate(run: Run, json: Json = False) -> None:
+    """Measure the student of a run again, on this machine."""
+
+    def work() -> dict[str, Any]:
+        folder = _run_folder(run)
+        from limbeck.distill import evaluate_run
+
+        return dict(evaluate_run(folder))
+
+    result = emit(work, json)
+    if not json:
+        rows = [(name, str(value)) for name, value in _flat(result) if not isinstance(value, dict | list)]
+        _table(("measure", "value"), rows)
+
+
+@app.command()
+def export(
+    run: Run,
+    format: Annotated[  # noqa: A002
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", show_default=False, help="onnx (default), torchscript or pt2; repeatable."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Export the student of a run, checked against its weights."""
+
+    def work() -> dict[str, Any]:
+        formats = list(dict.fromkeys(format or ["onnx"]))
+        problems = [
+            Problem("--format", f"got '{name}', expected one of {', '.join(EXPORTS)}.", nearest(name, EXPORTS))
+            for name in formats
+            if name not in EXPORTS
+        ]
+        folder = _run_folder(run, problems)
+        from limbeck.distill import export_run
+
+        return dict(export_run(folder, formats))
+
+    result = emit(work, json)
+    if not json:
+        rows = [
+            (name, str(_at(run, row.get("file", ""))), f"{row['bytes']:,}", f"{row['max_abs_diff']:.2g}", f"{row['agreement']:.4f}")
+            for name, row in result.items()
+        ]
+        _table(("format", "file", "bytes", "largest difference", "agreement"), rows)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", show_default=False, help="The folders of one run or of several to compare.")
+    ],
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE.html", help="Default: report.html in the first run.")] = None,
+) -> None:
+    """Write the report of a run, or one that compares several."""
+    problems: list[Problem] = []
+    folders = [_check_run(run, problems) for run in runs]
+    target = Path(out) if out else folders[0] / "report.html"
+    if out == "" or target.is_dir():
+        problems.append(Problem("--out", f"got '{out}', expected the name of an .html file."))
+    _raise(problems)
+    from limbeck.report import write_report
+
+    print(write_report(folders, target))
+
+
+@app.command()
+def losses(name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None) -> None:
+    """The losses, and when to use each.
+
+    NAME shows the parameters of one.
+    """
+    from limbeck.losses import LOSSES
+
+    if name is None:
+        _table(("loss", "when to use it"), [(entry.name, entry.summary) for entry in LOSSES.values()])
+        return
+    if name not in LOSSES:
+        raise UsageError(Problem("", f"there is no loss '{name}'; there are {listed(list(LOSSES))}.", nearest(name, LOSSES)))
+    entry = LOSSES[name]
+    print(f"{entry.name}: {entry.summary}\nSource: {entry.source}\nReads: {', '.join(entry.reads)}\n")
+    rows = [
+        (p.name, "required" if p.required else str(p.default), p.allowed + ("; or a schedule" if p.schedulable else ""))
+        for p in entry.parameters.values()
+    ]
+    _table(("parameter", "default", "allowed"), [("weight", "1.0", "a number from 0 up; or a schedule"), *rows])
+
+
+@app.command()
+def models() -> None:
+    """The names of models, and when to use each."""
+    from limbeck.models import known_models
+
+    _table(("name", "what it is", "when to use it"), [(str(a), str(b), str(c)) for a, b, c in known_models()])
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False, help="Print this recipe.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe file, for editors.")] = False,
+) -> None:
+    """Recipes to start from, and when to use each.
+
+    `limbeck recipes NAME > my.yaml` starts a recipe. For completion and checks while typing, run `limbeck recipes --schema >
+    limbeck.schema.json` beside it; its first line names that file to the editor.
+    """
+    if schema and name is not None:
+        raise UsageError(Problem("--schema", f"takes no name beside it, got '{name}'."))
+    if schema:
+        from limbeck.recipe import json_schema
+
+        print_json(json_schema())
+        return
+    ready = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    if name is None:
+        _table(("recipe", "when to use it"), [(key, _first_comment(path)) for key, path in ready.items()])
+    elif name.removesuffix(".yaml") in ready:
+        print("# yaml-language-server: $schema=limbeck.schema.json")
+        print(ready[name.removesuffix(".yaml")].read_text(encoding="utf-8"), end="")
+    else:
+        raise UsageError(Problem("", f"there is no recipe '{name}'; there are {listed(list(ready))}.", nearest(name, ready)))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="FILE.pth", show_default=False, help="A foreign .pt, .pth, .bin or .ckpt file.")],
+    target: Annotated[str, typer.Argument(metavar="OUT.safetensors", show_default=False)],
+    key: Annotated[str | None, typer.Option("--key", metavar="NAME", help="The entry of the file that holds the weights.")] = None,
+) -> None:
+    """Turn foreign .pth weights into safetensors.
+
+    The one command that opens a pickle, and weights only.
+    """
+    problems = []
+    if not Path(source).is_file():
+        problems.append(_no_such(Path(source), "file"))
+    if Path(target).suffix != ".safetensors":
+        problems.append(Problem("", f"got the target '{target}', expected a name that ends in .safetensors."))
+    _raise(problems)
+    from limbeck.convert import convert as convert_file
+
+    print(convert_file(Path(source), Path(target), key=key), file=sys.stderr)
+
+
+def _run(
+    command: Literal["distill", "train"],
+    recipe: str | None,
+    options: dict[str, Any],
+    sets: Sequence[str],
+    *,
+    out: str | None,
+    resume: bool,
+    seeds: str | None,
+    dry_run: bool,
+    plain: bool,
+) -> dict[str, Any]:
+    """Judges everything that was given, then runs the spine."""
+    from limbeck.recipe import RecipeError, load_recipe
+
+    problems, number = _seeds(seeds)
+    problems += _out_problems(out, resume)
+    folder = _folder(out)
+    path = None if recipe is None else Path(recipe)
+    if resume and path is None and folder is not None and (folder / "recipe.yaml").is_file() and not _any(options, sets):
+        path = folder / "recipe.yaml"
+    try:
+        loaded, base = load_recipe(path, options, sets, command)
+    except RecipeError as error:
+        raise RecipeError([*error.problems, *problems], error.source) from None
+    except UsageError as error:
+        raise UsageError([*error.problems, *problems]) from None
+    _raise(problems)
+    from limbeck.distill import run_recipe
+
+    progress = "plain" if plain else "auto"
+    result = run_recipe(loaded, base=base, out=folder, resume=resume, seeds=number, progress=progress, dry_run=dry_run, command=command)
+    return dict(result)
+
+
+def _any(options: dict[str, Any], sets: Sequence[str]) -> bool:
+    return bool(sets) or any(value is not None for value in options.values())
+
+
+def _seeds(text: str | None) -> tuple[list[Problem], int]:
+    if text is None:
+        return [], 1
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= 1000:
+        return [], int(text)
+    return [Problem("--seeds", f"got '{text}', expected a whole number of at least 1 and at most 1000.")], 1
+
+
+def _out_problems(out: str | None, resume: bool) -> list[Problem]:
+    if out is None:
+        return [Problem("--resume", "needs --out DIR, the run to go on with.")] if resume else []
+    if not out.strip():
+        return [Problem("--out", "got an empty name, expected a folder.")]
+    path = Path(out)
+    first = next((p for p in [path, *path.parents] if p.exists()), None)
+    if first is not None and not first.is_dir():
+        return [Problem("--out", f"'{first}' is a file, expected a folder.")]
+    return []
+
+
+def _folder(out: str | None) -> Path | None:
+    return None if out is None else Path(out)
+
+
+def _run_folder(run: str, problems: Iterable[Problem] = ()) -> Path:
+    found = list(problems)
+    folder = _check_run(run, found)
+    _raise(found)
+    return folder
+
+
+def _check_run(run: str, problems: list[Problem]) -> Path:
+    folder = Path(run)
+    if not folder.is_dir():
+        problems.append(_no_such(folder, "folder"))
+    elif not (folder / "recipe.yaml").is_file():
+        problems.append(Problem("", f"'{run}' is not a run: it has no recipe.yaml."))
+    elif not (folder / "metrics.json").is_file():
+        problems.append(Problem("", f"the run '{run}' is not finished: it has no metrics.json.", f"Go on with it: --resume --out {run}"))
+    return folder
+
+
+def _no_such(path: Path, kind: str) -> Problem:
+    if path.exists():
+        return Problem("", f"'{path}' is not a {kind}.")
+    beside = [p.name for p in path.parent.iterdir()][:2000] if path.parent.is_dir() else []
+    return Problem("", f"no such {kind}: '{path}'.", nearest(path.name, beside))
+
+
+def _raise(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise UsageError(problems)
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, inner in value.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(inner, dict):
+            yield from _flat(inner, name)
+        else:
+            yield name, inner
+
+
+def _at(run: str, file: str) -> Path:
+    return Path(run) / file
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for people on a terminal; aligned plain lines, nothing cut, where the output is piped."""
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "limbeck") -> NoReturn:
+    """The console script: runs a command and leaves with its exit code."""
+    sys.exit(call(typer.main.get_command(app), sys.argv[1:] if arguments is None else list(arguments), program))

@@ -1,0 +1,37 @@
+"""Data: sources, splits, views and batches.
+
+A source gives raw samples by row; a split says which rows, with their ids and labels; a plan says which of them an optimiser step reads; a
+builder makes the batch, each model's inputs from the same view; a stream does so ahead of time.
+"""
+
+from __future__ import annotations
+
+from limbeck.data.batches import BatchBuilder, Plan, Request, evaluation_requests
+from limbeck.data.load import FORMS, load_data
+from limbeck.data.loader import choose_workers, stream
+from limbeck.data.python import data_from_python
+from limbeck.data.show import text_of, thumbnail
+from limbeck.data.sources import Raw, Source
+from limbeck.data.splits import Data, Split
+from limbeck.data.text import token_lengths
+from limbeck.data.views import augmentation
+
+__all__ = [
+    "FORMS",
+    "BatchBuilder",
+    "Data",
+    "Plan",
+    "Raw",
+    "Request",
+    "Source",
+    "Split",
+    "augmentation",
+    "choose_workers",
+    "data_from_python",
+    "evaluation_requests",
+    "load_data",
+    "stream",
+    "text_of",
+    "thumbnail",
+    "token_lengths",
+]

@@ -1,0 +1,263 @@
+"""What is read at each step, and how it becomes a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from limbeck.data.decode import resize
+from limbeck.data.sources import Raw
+from limbeck.data.splits import Split
+from limbeck.data.text import Tokens, tokens_of
+from limbeck.data.views import Partners, beta, check_augment, image_views
+from limbeck.errors import LimbeckError, Problem, UsageError
+from limbeck.randomness import order
+from limbeck.recipe import Augment
+from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing
+
+__all__ = ["BatchBuilder", "Plan", "Request", "evaluation_requests"]
+
+Int64 = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+_BUCKET = 50  # batches that are sorted by length together: long enough for little padding, short enough to stay random
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One batch to build. step: of the whole fit, from 0. rows: ``(B,)`` int64 indices into the split."""
+
+    step: int
+    epoch: int
+    view: int
+    rows: Int64
+
+
+class Plan:
+    """What is read at each optimiser step of a fit: a pure function of the arguments, so that any step can be the first.
+
+    Each epoch visits every sample once, in an order that depends on (seed, epoch) alone, or, with ``lengths``, in batches of similar
+    length. The last batch of an epoch may be smaller; ``drop_single`` leaves out one of a single sample (which BatchNorm cannot take).
+    ``views``: view = epoch mod views; None: view = epoch. ``total_steps``: stop after that many instead of after whole epochs.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        data_seed: int,
+        epochs: int,
+        batch_size: int,
+        views: int | None = None,
+        lengths: npt.NDArray[Any] | None = None,
+        drop_single: bool = False,
+        total_steps: int | None = None,
+    ) -> None:
+        if lengths is not None and len(lengths) != len(split):
+            raise ValueError(f"{len(lengths)} lengths for {len(split)} samples")
+        self.seed, self.data_seed, self.epochs, self.batch_size, self.views = seed, data_seed, epochs, batch_size, views
+        self._lengths = lengths
+        self._count = len(split)
+        if drop_single and self._count > 1 and batch_size > 1 and self._count % batch_size == 1:
+            self._used = self._count - 1
+        else:
+            self._used = self._count
+        self.steps_per_epoch = -(-self._used // batch_size)
+        self.total_steps = self.steps_per_epoch * epochs if total_steps is None else total_steps
+        self._epoch: tuple[int, list[Int64]] = (-1, [])
+
+    def request(self, step: int) -> Request:
+        """The batch of one optimiser step, ``0 <= step < total_steps``."""
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of {self.total_steps}")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        number, batches = self._epoch
+        if number != epoch:
+            batches = self._batches(epoch)
+            self._epoch = (epoch, batches)
+        view = epoch if self.views is None else epoch % self.views
+        return Request(step, epoch, view, batches[place])
+
+    def _batches(self, epoch: int) -> list[Int64]:
+        chosen = order(self._count, self.seed, "order", epoch)[: self._used]
+        if self._lengths is None:
+            return _cut(chosen, self.batch_size)
+        size = self.batch_size * _BUCKET
+        batches: list[Int64] = []
+        for start in range(0, self._used, size):
+            bucket = chosen[start : start + size]
+            batches += _cut(bucket[np.argsort(self._lengths[bucket], kind="stable")], self.batch_size)
+        return [batches[i] for i in order(len(batches), self.seed, "batches", epoch)]
+
+
+def _cut(rows: Int64, size: int) -> list[Int64]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def evaluation_requests(split: Split, batch_size: int, lengths: npt.NDArray[Any] | None = None) -> list[Request]:
+    """Every sample of a split once, in order, or with ``lengths`` the longest first (what does not fit in memory fails at once)."""
+    rows = np.arange(len(split), dtype=np.int64) if lengths is None else np.argsort(-np.asarray(lengths), kind="stable").astype(np.int64)
+    return [Request(step, 0, 0, part) for step, part in enumerate(_cut(rows, batch_size))]
+
+
+class BatchBuilder:
+    """Request to batch: a pure function that travels to loader workers by pickle.
+
+    The view is made once, on raw samples; then each model gets it in its own resolution and normalisation. Where both models want the
+    same preparation, ``Batch.teacher`` is the same object as ``Batch.student``. ``dtype``: of normalised images and of mixed labels; float
+    arrays keep their own.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        student: Preprocessing,
+        teacher: Preprocessing | None = None,
+        augment: Augment | None = None,
+        data_seed: int = 0,
+        num_classes: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        kind = split.source.kind
+        for role, wanted in (("student", student), ("teacher", teacher)):
+            if wanted is not None and wanted.kind != kind:
+                raise UsageError(Problem(role, f"the model takes {wanted.kind} inputs, and the data is of kind {kind}."))
+        self._ids, self._labels, self._rows = split.ids, split.labels, split.rows
+        self._student, self._teacher = student, teacher
+        self._augment, self._seed, self._classes = augment, data_seed, num_classes
+        self._float: type[np.floating[Any]] = np.float64 if dtype == torch.float64 else np.float32
+        # tokens are all that is needed of text: the texts themselves stay behind
+        self._source = None if kind == "text" else split.source
+        self._tokens: dict[str, Tokens] = {}
+        if isinstance(student, TextPreprocessing):
+            self._tokens["student"] = tokens_of(split.source, student)
+        if isinstance(teacher, TextPreprocessing) and not self._shared:
+            self._tokens["teacher"] = tokens_of(split.source, teacher)
+        if augment is not None:
+            check_augment(augment, kind)
+        self._partners = Partners(split, data_seed) if augment is not None and augment.mixup > 0 else None
+
+    @property
+    def _shared(self) -> bool:
+        a, b = self._student, self._teacher
+        if isinstance(a, TextPreprocessing) and isinstance(b, TextPreprocessing):
+            same = ("max_length", "inputs", "tokenizer_sha256", "pad_token_id")
+            return all(getattr(a, name) == getattr(b, name) for name in same)
+        return a == b
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker gets the tokens of its split alone, and not those of every split of the source
+        if not self._tokens:
+            return self.__dict__
+        tokens = {role: t.take(self._rows) for role, t in self._tokens.items()}
+        return {**self.__dict__, "_tokens": tokens, "_rows": np.arange(len(self._rows), dtype=np.int64)}
+
+    def __call__(self, request: Request) -> Batch:
+        """The batch of a request; raises :class:`LimbeckError` where a file changed or cannot be read."""
+        rows = request.rows
+        labels = torch.from_numpy(self._labels[rows])
+        share = other = None
+        if self._partners is not None and self._augment is not None:
+            other = self._partners.of(rows, request.view)
+            share = beta(self._ids[rows], self._augment.mixup, self._seed, "mixup", request.view)
+            labels = self._mixed_labels(rows, other, share)
+        raw, own = self._view(rows, request.view)
+        raw_other = self._view(other, request.view)[0] if other is not None else None
+
+        def prepare(role: str, wanted: Preprocessing) -> Inputs:
+            if isinstance(wanted, TextPreprocessing):
+                return self._tokens[role].batch(self._rows[rows])
+            values = self._prepare(raw, wanted, own)
+            if raw_other is not None and share is not None:
+                values = _mix(values, self._prepare(raw_other, wanted, own), share)
+            name = "image" if isinstance(wanted, ImagePreprocessing) else "x"
+            return {name: torch.from_numpy(values)}
+
+        student = prepare("student", self._student)
+        teacher: Inputs | None = None
+        if self._teacher is not None:
+            teacher = student if self._shared else prepare("teacher", self._teacher)
+        return Batch(self._ids[rows], request.view, student, teacher, labels, torch.ones(len(rows), dtype=torch.bool))
+
+    def _view(self, rows: Int64, view: int) -> tuple[Raw | None, tuple[int, int] | None]:
+        """Raw samples as this view shows them, and the (height, width) that they all had before."""
+        if self._source is None:
+            return None, None
+        raw: Any = self._source.read(self._rows[rows])
+        if self._source.kind != "image":
+            return raw, None
+        own = None if isinstance(raw, list) else raw.shape[1:3]
+        return raw if self._augment is None else image_views(raw, self._ids[rows], view, self._augment, self._seed), own
+
+    def _mixed_labels(self, rows: Int64, other: Int64, share: npt.NDArray[np.float64]) -> Tensor:
+        mixed = np.zeros((len(rows), self._classes), dtype=self._float)
+        for indices, weight in ((rows, share), (other, 1.0 - share)):
+            known = np.flatnonzero(self._labels[indices] >= 0)
+            mixed[known, self._labels[indices][known]] += weight[known].astype(self._float)
+        return torch.from_numpy(mixed)
+
+    def _prepare(self, raw: Any, wanted: ImagePreprocessing | TensorPreprocessing, own: tuple[int, int] | None) -> npt.NDArray[Any]:
+        if isinstance(wanted, TensorPreprocessing):
+            return np.ascontiguousarray(raw)
+        # a box that a view chose is resized whole; cutting its middle again would throw away what was chosen
+        boxed = self._augment is not None and self._augment.resized_crop is not None
+        return normalise(_sized(raw, wanted, None if boxed else wanted.resize_shorter, own), wanted, self._float)
+
+
+def _sized(raw: Pixels | list[Pixels], wanted: ImagePreprocessing, shorter: int | None, own: tuple[int, int] | None) -> Pixels:
+    """Every image at the model's size, or at its own ``(height, width)`` where the model has none."""
+    if wanted.height is None or wanted.width is None:
+        if own is None:
+            raise LimbeckError("Images have several sizes, and the model has none of its own: set options.resolution.")
+        height, width = own
+        shorter = None
+    else:
+        height, width = wanted.height, wanted.width
+    if shorter is None and not isinstance(raw, list) and raw.shape[1:3] == (height, width):
+        return raw
+    return np.stack([_fit(image, height, width, shorter, wanted.interpolation) for image in raw])
+
+
+def _fit(image: Pixels, height: int, width: int, shorter: int | None, interpolation: str) -> Pixels:
+    if shorter is None:
+        return resize(image, height, width, interpolation)
+    h, w = image.shape[:2]
+    # as torchvision: the longer side is cut to whole pixels
+    height_, width_ = (shorter, int(shorter * w / h)) if h <= w else (int(shorter * h / w), shorter)
+    image = resize(image, height_, width_, interpolation)
+    h, w = image.shape[:2]
+    if h < height or w < width:
+        return resize(image, height, width, interpolation)
+    top, left = round((h - height) / 2), round((w - width) / 2)
+    return image[top : top + height, left : left + width]
+
+
+def normalise(images: Pixels, wanted: ImagePreprocessing, kind: type[np.floating[Any]]) -> npt.NDArray[Any]:
+    """``(x / 255 - mean) / std`` as ``(B, channels, H, W)``; one channel is repeated, three become luminance (ITU-R 601), as needed."""
+    channels = images.shape[3]
+    if channels == 3 and wanted.channels == 1:
+        weights = np.array([19595, 38470, 7471], dtype=np.uint32)  # Pillow's, in 1/65536
+        images = ((images.astype(np.uint32) @ weights + 32768) >> 16).astype(np.uint8)[..., None]
+        channels = 1
+    if channels not in (1, wanted.channels):
+        raise UsageError(Problem("", f"the model takes images with {wanted.channels} channels, and the data has {channels}."))
+    out = np.empty((len(images), wanted.channels, *images.shape[1:3]), dtype=kind)
+    for channel in range(wanted.channels):
+        mean, std = wanted.mean[channel], wanted.std[channel]
+        plane = images[..., channel if channels > 1 else 0]
+        np.multiply(plane, kind(1.0 / (255.0 * std)), out=out[:, channel], dtype=kind, casting="unsafe")
+        out[:, channel] -= kind(mean / std)
+    return out
+
+
+def _mix(first: npt.NDArray[Any], second: npt.NDArray[Any], share: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    weight = share.astype(first.dtype).reshape(-1, *[1] * (first.ndim - 1))
+    mixed: npt.NDArray[Any] = first * weight + second * (1 - weight)
+    return mixed

@@ -1,0 +1,181 @@
+"""Encoded images to uint8 arrays and back; the only file that knows Pillow's modes."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from limbeck.errors import missing_extra
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+__all__ = ["EXTENSIONS", "Undecodable", "channels_of", "decode", "inspect", "pillow", "png", "resize", "to_array"]
+
+Pixels = npt.NDArray[np.uint8]
+
+EXTENSIONS = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".jp2",
+        ".avif",
+        ".tga",
+        ".ico",
+    ]
+)
+"""File name endings that are taken for images."""
+
+_GREY = frozenset(["1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"])
+
+
+class Undecodable(Exception):
+    """Bytes that are no image, or a damaged one; the message says why."""
+
+
+def pillow() -> Any:
+    """The module ``PIL.Image``.
+
+    Raises:
+        UsageError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise missing_extra("pillow", "vision", "Reading and resizing images") from None
+    return Image
+
+
+def channels_of(mode: str) -> int:
+    """1 for Pillow's grey modes, 3 for all others."""
+    return 1 if mode in _GREY else 3
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return "it is not an image that can be read" if "cannot identify" in text or not text else text
+
+
+def inspect(content: bytes) -> tuple[int, int, int]:
+    """``(height, width, channels)`` as :func:`decode` will give them, after decoding everything once at the least cost.
+
+    Raises:
+        Undecodable: not an image, or truncated.
+    """
+    image_module = pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with image_module.open(io.BytesIO(content)) as image:
+                width, height = image.size
+                # JPEG: all of the entropy coding, little of the rest
+                drafted = image.draft(None, (max(1, width // 8), max(1, height // 8)))
+                image.load()
+                if drafted is None:
+                    width, height = image.size  # the TIFF reader turns images itself while it loads them
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                channels = channels_of(image.mode)
+    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
+        raise Undecodable(_reason(error)) from None
+    return (width, height, channels) if turned else (height, width, channels)
+
+
+def decode(content: bytes, channels: int, draft: int | None = None) -> Pixels:
+    """``(H, W, channels)`` uint8 of an encoded image, upright by its EXIF orientation.
+
+    The first frame of an animation; 16-bit grey by its high byte; palettes, CMYK and others converted; alpha dropped. ``channels`` is 1 or
+    3. ``draft`` allows a smaller decoding with sides of at least that many pixels, for statistics and thumbnails.
+
+    Raises:
+        Undecodable: not an image, or truncated.
+    """
+    image_module = pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with image_module.open(io.BytesIO(content)) as image:
+                if draft is not None:
+                    image.draft(None, (draft, draft))
+                return to_array(image, channels)
+    except Exception as error:
+        raise Undecodable(_reason(error)) from None
+
+
+def to_array(image: PILImage.Image, channels: int | None = None) -> Pixels:
+    """``(H, W, channels)`` uint8 of a Pillow image; by default one channel for grey images and three for all others."""
+    from PIL import ImageOps
+
+    wanted = channels_of(image.mode) if channels is None else channels
+    upright = ImageOps.exif_transpose(image) or image
+    mode = upright.mode
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        grey = _to_eight_bits(np.asarray(upright), mode)
+        return np.repeat(grey[..., None], wanted, axis=2)
+    if mode == "P" or (mode in ("L", "RGB") and "transparency" in upright.info):
+        upright = upright.convert("RGBA")  # resolves the palette's own transparency before it is dropped
+    pixels: Pixels = np.array(upright.convert("L" if wanted == 1 else "RGB"), dtype=np.uint8)
+    return pixels[..., None] if wanted == 1 else pixels
+
+
+def _to_eight_bits(values: npt.NDArray[Any], mode: str) -> Pixels:
+    if mode.startswith("I;16"):
+        return (values.astype(np.uint16) >> 8).astype(np.uint8)
+    if mode == "I":  # how some versions open 16-bit PNG files
+        wide = values.max(initial=0) > 255
+        low: Pixels = np.clip(values >> 8 if wide else values, 0, 255).astype(np.uint8)
+        return low
+    clean = np.nan_to_num(values.astype(np.float64))
+    scale = 255.0 if clean.max(initial=0.0) <= 1.0 else 1.0
+    scaled: Pixels = np.clip(np.rint(clean * scale), 0, 255).astype(np.uint8)
+    return scaled
+
+
+def _filter(name: str) -> Any:
+    return getattr(pillow().Resampling, name.upper())
+
+
+def resize(image: Pixels, height: int, width: int, interpolation: str) -> Pixels:
+    """``image`` (H, W, Ch) uint8 at ``height x width`` by Pillow's antialiased filters, each image on its own (so that a result does not
+    depend on the batch)."""
+    if image.shape[:2] == (height, width):
+        return image
+    image_module, resample = pillow(), _filter(interpolation)
+    if image.shape[2] == 3:
+        resized = image_module.fromarray(np.ascontiguousarray(image)).resize((width, height), resample)
+        return np.asarray(resized, dtype=np.uint8)
+    planes = [
+        np.asarray(image_module.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), resample), dtype=np.uint8)
+        for c in range(image.shape[2])
+    ]
+    return np.stack(planes, axis=-1)
+
+
+def png(image: Pixels, size: int | None = None) -> bytes:
+    """``image`` (H, W, 1, 3 or more; the first three are shown) uint8 as PNG, its longer side brought to ``size`` pixels."""
+    image_module = pillow()
+    shown = image[..., 0] if image.shape[2] in (1, 2) else image[..., :3]
+    picture = image_module.fromarray(np.ascontiguousarray(shown))
+    if size is not None:
+        scale = size / max(picture.size)
+        target = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(target, _filter("nearest" if scale > 1 else "bilinear"))
+    out = io.BytesIO()
+    picture.save(out, format="PNG")
+    return out.getvalue()

@@ -1,0 +1,164 @@
+"""Batches ahead of time: a background thread, or worker processes; the same bytes in either case."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from limbeck.data.batches import Request
+from limbeck.data.splits import Split
+from limbeck.errors import LimbeckError, Problem, UsageError
+from limbeck.recipe import Augment
+from limbeck.types import Batch
+
+__all__ = ["choose_workers", "stream"]
+
+Build = Callable[[Request], Batch]
+
+_AHEAD = 3  # batches that the background thread may be ahead
+
+
+def stream(builder: Build, requests: Iterable[Request], *, workers: int, pin_memory: bool = False) -> Iterator[tuple[Request, Batch]]:
+    """``(request, batch)`` in the order of ``requests``, prepared ahead of time.
+
+    workers 0: one background thread of this process; above 0: that many processes. Closing the generator, an exception and Ctrl-C stop
+    them. ``pin_memory`` is for transfers to a CUDA device.
+    """
+    if workers == 0:
+        yield from _threaded(builder, requests, pin_memory)
+    else:
+        yield from _processes(builder, requests, workers, pin_memory)
+
+
+def _threaded(builder: Build, requests: Iterable[Request], pin_memory: bool) -> Iterator[tuple[Request, Batch]]:
+    ready: queue.Queue[tuple[Request, Batch] | BaseException | None] = queue.Queue(maxsize=_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: tuple[Request, Batch] | BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for request in requests:
+                batch = builder(request)
+                if not put((request, batch.pin_memory() if pin_memory else batch)):
+                    return
+            put(None)
+        except BaseException as error:  # it is raised again where the batches are consumed
+            put(error)
+
+    thread = threading.Thread(target=work, name="limbeck-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class _Built(Dataset[Any]):
+    """Requests in, batches out, inside a worker."""
+
+    def __init__(self, builder: Build) -> None:
+        self._builder = builder
+
+    def __getitem__(self, request: Request) -> tuple[Request, Batch] | LimbeckError:
+        try:
+            return request, self._builder(request)
+        except LimbeckError as error:
+            return error  # a sentence, which a DataLoader would wrap in a worker's traceback
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+
+
+def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_memory: bool) -> Iterator[tuple[Request, Batch]]:
+    # a process that has run OpenMP work must not fork, and importing torch once in the fork server saves seconds a worker
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["limbeck.data.loader"])
+    sampler: Any = requests
+    loader: DataLoader[Any] = DataLoader(
+        _Built(builder),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=context,
+    )
+    batches = iter(loader)
+    try:
+        for item in batches:
+            if isinstance(item, LimbeckError):
+                raise item
+            yield item
+    finally:
+        del batches  # stops the workers
+
+
+def _unguarded_script() -> str | None:
+    """The running script, if starting processes would run it again from its first line."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if file is None or getattr(main, "__spec__", None) is not None:
+        return None
+    try:
+        text = Path(file).read_text("utf-8", "replace")
+    except OSError:
+        return str(file)  # a program from standard input, which no other process can read
+    return None if "__main__" in text or not file.endswith(".py") else str(file)
+
+
+def choose_workers(setting: int | Literal["auto"], split: Split, augment: Augment | None) -> tuple[int, str]:
+    """How many loader processes, and why, for the record.
+
+    Raises:
+        UsageError: processes are asked for by a script that they would run again.
+    """
+    script = _unguarded_script()
+    guard = 'has no `if __name__ == "__main__":`, so every worker process would run it again'
+    if setting != "auto":
+        if setting > 0 and script is not None:
+            raise UsageError(Problem("train.workers", f"{script} {guard}.", "Put the call under that line, or set train.workers: 0."))
+        return setting, "as set by train.workers"
+    if split.source.in_memory:
+        return 0, "the data is in memory: a background thread prepares batches"
+    if len(split) < 256:
+        return 0, f"{len(split)} samples are fewer than worth starting processes for"
+    if script is not None:
+        return 0, f"{script} {guard}"
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+    if free is not None and free < 512 << 20:
+        return 0, f"/dev/shm has only {free >> 20} MiB free for batches of worker processes (docker: --shm-size=8g)"
+    return min(8, max(1, cpus - 1)), f"samples are decoded when they are read, and there are {cpus} CPUs"

@@ -1,0 +1,439 @@
+"""The spine: recipe -> data -> teacher -> student -> objective -> fit -> evaluate -> export -> report."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck import checkpoint
+from limbeck._choices import choose, explicit, resolved, snapshot, student_choice
+from limbeck._folder import Stop, finished, make, matches, next_free, refuse_taken, same_recipe
+from limbeck._parts import Parts
+from limbeck._results import THROUGHPUT_BATCH, figures, joint_metrics, seed_metrics
+from limbeck.analysis import analyse
+from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
+from limbeck.engine import Engine, check_precision, choose_device
+from limbeck.errors import Problem, UsageError
+from limbeck.export import export_model
+from limbeck.models import Model, build_model, class_map, save_model, state_hash, validate_paths
+from limbeck.objective import Objective, needs_of
+from limbeck.progress import Progress
+from limbeck.recipe import Recipe, absolute
+from limbeck.report import write_report
+from limbeck.run import Log, commit_folder, provenance, read_json, write_atomic, write_json
+from limbeck.teacher import LiveTeacher
+from limbeck.train import Feed, Recorder, Trained, fit
+
+__all__ = ["Job", "execute", "run_into", "run_recipe"]
+
+PARITY_SAMPLES = 32
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs, however it was asked for: by recipe, by options, or from Python.
+
+    build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
+    """
+
+    recipe: Recipe
+    data: Data
+    build_student: Callable[[int], Model]
+    build_teacher: Callable[[bool], Model] | None
+    out: Path
+    resume: bool = False
+    seeds: int = 1
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    base: Path,
+    out: Path | None = None,
+    resume: bool = False,
+    seeds: int = 1,
+    progress: str = "auto",
+    dry_run: bool = False,
+    command: str = "distill",
+) -> dict[str, Any]:
+    """Run a recipe; returns its metrics (``metrics.json``). base: the folder that relative paths of the recipe start from."""
+    out = out or next_free(Path("runs"), _run_name(recipe, command))
+    refuse_taken(out, resume)
+    return run_into(recipe, base=base, out=out, resume=resume, seeds=seeds, progress=progress, dry_run=dry_run)
+
+
+def run_into(
+    recipe: Recipe, *, base: Path, out: Path, resume: bool = False, seeds: int = 1, progress: str = "auto", dry_run: bool = False
+) -> dict[str, Any]:
+    """:func:`run_recipe` into a folder that the caller has judged."""
+    recipe = absolute(recipe, base)
+    with Progress(progress) as shown:
+        if finished(out):
+            same_recipe(out, recipe)
+            shown.say(f"{out} is finished; nothing is left to do.")
+            return dict(read_json(out / "metrics.json"))
+        data = load_data(recipe.data, recipe.task, base)
+        spec = recipe.teacher
+        job = Job(
+            recipe=recipe,
+            data=data,
+            build_student=lambda seed: build_model(recipe.student, role="student", data=data, seed=seed, base=base),
+            build_teacher=None
+            if spec is None
+            else lambda new_head: build_model(spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=new_head),
+            out=out,
+            resume=resume,
+            seeds=seeds,
+        )
+        return execute(job, shown, dry_run=dry_run)
+
+
+def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
+    """The spine. Everything that can be wrong is found before the first file is written."""
+    recipe, data, began = job.recipe, job.data, time.perf_counter()
+    device = choose_device(recipe.train.device)
+    check_precision(recipe.train.precision, device)
+    teacher, columns, to_train = _teacher(job)
+    student = job.build_student(recipe.seed)
+    _check_layers(recipe, student, teacher)
+    parts = Parts(recipe, data, student.preprocessing, None if teacher is None else teacher.preprocessing)
+    objective = parts.objective(student, teacher, recipe.seed)
+    notes = [*data.notes, *student.notes, *(teacher.notes if teacher is not None else []), *_warnings(student, teacher, to_train)]
+    facts = {"data": data.fingerprint, "teacher": None if teacher is None else teacher.weights_sha256, "seeds": job.seeds}
+    recorded = matches(job.out, recipe, facts)
+    for note in notes:
+        progress.say(note)
+    if dry_run:
+        return _dry_run(job, student, teacher, parts, progress)
+
+    stop = Stop()
+    make(job.out)
+    with stop.listening():
+        if recorded is None:
+            write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
+        if teacher is not None and to_train:
+            teacher = _train_teacher(job, teacher, parts, device, progress, stop)
+            columns = None
+        environment = recorded[1] if recorded is not None else {}
+        if recorded is None or "choices" not in environment:
+            batch = parts.first_batch(recipe, with_teacher=teacher is not None)
+            engines, choices = choose(recipe, student, teacher, columns, objective, batch, device)
+            workers, why = choose_workers(recipe.train.workers, data.train, parts.augment)
+            choices["workers"] = {"value": workers, "reason": why}
+            choices["pin_memory"] = {"value": device.type == "cuda", "reason": f"the device is {device.type}"}
+            recipe = resolved(recipe, engines, workers)
+            environment = {**provenance(), **_where(engines, device), "choices": choices, "facts": facts}
+            write_json(job.out / "environment.json", environment)
+            write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
+        else:
+            recipe = recorded[0]
+            engines = explicit(recipe, device)
+        parts.recipe = recipe
+        asked = None if teacher is None else LiveTeacher(teacher, engines["teacher"], columns)
+        shared = _Shared(parts, engines["student"], asked, notes, environment, progress, stop, began)
+        result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, student, shared)
+        if asked is not None:
+            asked.check_untouched()
+    progress.say(result["verdict"])
+    progress.say(f"Report: {job.out / 'report.html'}")
+    return result
+
+
+@dataclass
+class _Shared:
+    """What the seeds of a run have in common; the teacher is measured once for all of them."""
+
+    parts: Parts
+    engine: Engine
+    teacher: LiveTeacher | None
+    notes: list[str]
+    environment: dict[str, Any]
+    progress: Progress
+    stop: Stop
+    began: float
+    teacher_figures: dict[str, Any] = field(default_factory=dict)
+    teacher_logits: np.ndarray[Any, Any] | None = None
+
+    @property
+    def exact(self) -> Engine:
+        """What is evaluated is what is saved: full precision, contiguous."""
+        return Engine(self.engine.device, "float64" if self.engine.precision == "float64" else "float32")
+
+
+def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _Shared) -> dict[str, Any]:
+    """Train student and baseline from the same initial weights, evaluate, export, report."""
+    data, parts, teacher, stop = job.data, shared.parts, shared.teacher, shared.stop
+    make(folder)
+    if folder != job.out:
+        write_atomic(folder / "recipe.yaml", recipe.to_yaml())
+    log = Log(folder)
+    try:
+        log.track(list(recipe.track), folder, recipe.model_dump(mode="json"))
+        initial, asked_before = snapshot(student.module), (0, 0.0) if teacher is None else (teacher.items, teacher.seconds)
+        trained: dict[str, tuple[Trained, State]] = {}
+        with_teacher = teacher is not None and parts.objective(student, teacher.model, recipe.seed).needs_teacher
+        stop.between("the training of the student")
+        trained["student"] = _train_role(
+            "student", folder, recipe, student, parts.objective(student, teacher.model if teacher else None, recipe.seed),
+            teacher if with_teacher else None, shared, log,
+        )  # fmt: skip
+        if teacher is not None and recipe.baseline:
+            stop.between("the training of the baseline")
+            student.module.load_state_dict(initial)
+            trained["baseline"] = _train_role("baseline", folder, recipe, student, parts.baseline_objective(), None, shared, log)
+        runs = {role: run for role, (run, _) in trained.items()}
+        environment = {**shared.environment, "seed": recipe.seed, "resumed_from": {role: run.resumed_from for role, run in runs.items()}}
+        write_json(folder / "environment.json", environment)
+
+        logits: dict[str, np.ndarray[Any, Any]] = {}
+        measured: dict[str, Any] = {}
+        if teacher is not None:
+            stop.between("the evaluation of the teacher")
+            logits["teacher"], measured["teacher"] = _evaluate_teacher(shared)
+        for role in ("baseline", "student"):  # the student last: its weights stay in the module
+            if role in trained:
+                stop.between(f"the evaluation of the {role}")
+                student.module.load_state_dict(trained[role][1])
+                shared.exact.place(student.module)
+                logits[role] = parts.logits(student, data.test, shared.exact)
+                measured[role] = figures(student, logits[role], data.test.labels, parts.sample_inputs(THROUGHPUT_BATCH), shared.exact)
+        stop.between("the export")
+        exported: dict[str, Any] = {}
+        if recipe.export:
+            Engine(torch.device("cpu")).place(student.module)
+            shared.progress.say(f"exporting {', '.join(recipe.export)}")
+            inputs = {k: v.float() if v.is_floating_point() else v for k, v in parts.sample_inputs(PARITY_SAMPLES).items()}
+            exported = export_model(student, list(recipe.export), folder / "export", inputs=inputs, classes=data.classes, task=recipe.task)
+        result = seed_metrics(
+            recipe,
+            data,
+            measured,
+            logits,
+            runs,
+            exported,
+            teacher=(0, 0.0) if teacher is None else (teacher.items - asked_before[0], teacher.seconds - asked_before[1]),
+            total_seconds=time.perf_counter() - shared.began,
+            notes=shared.notes,
+        )
+        write_json(folder / "analysis.json", analyse(labels=data.test.labels, logits=logits, classes=data.classes, sample=_sampler(data)))
+        write_json(folder / "metrics.json", result)
+    finally:
+        log.close()
+    write_report([folder], folder / "report.html")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _train_role(
+    role: str, folder: Path, recipe: Recipe, student: Model, objective: Objective, teacher: LiveTeacher | None, shared: _Shared, log: Log
+) -> tuple[Trained, State]:
+    """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``."""
+    parts, choices = shared.parts, shared.environment["choices"]
+    make_feed = parts.baseline_feed if role == "baseline" else parts.feed
+    feed = make_feed(recipe, with_teacher=teacher is not None, workers=choices["workers"]["value"], pin_memory=choices["pin_memory"]["value"])
+    recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, parts.validation(student, shared.engine))
+    return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes)
+
+
+def _fit_once(
+    final: Path,
+    student: Model,
+    teacher: LiveTeacher | None,
+    objective: Objective,
+    feed: Feed,
+    engine: Engine,
+    recipe: Recipe,
+    recorder: Recorder,
+    classes: tuple[str, ...],
+) -> tuple[Trained, State]:
+    """Fit, unless ``final`` stands and its last state is on record; commit the model as ``final``."""
+    done = recorder.checkpoints.with_name(f"{recorder.checkpoints.name}-done")
+    found = checkpoint.load_newest(done, recorder.progress.say) if final.is_dir() else None
+    if found is not None:
+        student.module.load_state_dict(found[1]["student"])
+        return Trained(**found[1]["done"]), found[1]["student"]
+    trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder)
+    state = snapshot(student.module)
+    # The last state first: a folder with the final name and no record of its training would be trained again.
+    checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
+    save_model(student, final, classes)
+    return trained, state
+
+
+def _teacher(job: Job) -> tuple[Model | None, np.ndarray[Any, Any] | None, bool]:
+    """The teacher, its output for each class of the data, and whether it has to be trained first."""
+    spec = job.recipe.teacher
+    if job.build_teacher is None:
+        return None, None, False
+    training = spec.train if spec is not None else None
+    if training is None or training.if_needed:
+        try:
+            teacher = job.build_teacher(False)
+            return teacher, class_map(teacher, job.data), False
+        except UsageError:
+            if training is None:
+                raise
+    return job.build_teacher(True), None, True
+
+
+def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device, progress: Progress, stop: Stop) -> Model:
+    """Fine-tune the teacher on the labelled rows with cross entropy (``teacher.train``); committed as ``out/teacher``, once for all seeds."""
+    assert job.recipe.teacher is not None
+    assert job.recipe.teacher.train is not None
+    given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
+    recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={**given, "ema": None, "select": "last"})})
+    progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
+    own = Parts(recipe, job.data, teacher.preprocessing, None)
+    objective = own.baseline_objective()
+    choice_file = job.out / "checkpoints" / "teacher.json"
+    if choice_file.is_file():
+        engine = Engine(device, **read_json(choice_file))
+    else:
+        engine, record = student_choice(
+            teacher, None, objective, own.first_batch(recipe, with_teacher=False), device, recipe.train, recipe.seed
+        )
+        make(choice_file.parent)
+        write_json(choice_file, {"precision": engine.precision, "layout": engine.layout})
+    workers, _ = choose_workers(recipe.train.workers, job.data.train, own.augment)
+    log = Log(job.out)
+    try:
+        recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, own.validation(teacher, engine))
+        feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
+        _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes)
+    finally:
+        log.close()
+    teacher.weights_sha256 = state_hash(teacher.module)
+    teacher.classes = job.data.classes
+    return teacher
+
+
+def _evaluate_teacher(shared: _Shared) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """The teacher on the test split, in full precision, once for all seeds; then it goes back to how it teaches."""
+    teacher, parts = shared.teacher, shared.parts
+    assert teacher is not None
+    if shared.teacher_logits is None:
+        with teacher.placed(shared.exact):
+            start = time.perf_counter()
+            logits = parts.logits(teacher.model, parts.data.test, shared.exact)
+            teacher.items, teacher.seconds = teacher.items + len(logits), teacher.seconds + time.perf_counter() - start
+            shared.teacher_logits = teacher.in_data_order(logits)
+            inputs = parts.sample_inputs(THROUGHPUT_BATCH, teacher.model.preprocessing)
+            shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, inputs, shared.exact)
+    return shared.teacher_logits, shared.teacher_figures
+
+
+def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
+    """Children ``seed-0`` ...; the parent holds the joint metrics and report, and the student that is best on validation."""
+    results, children = [], []
+    for seed in range(recipe.seed, recipe.seed + job.seeds):
+        shared.stop.between(f"seed {seed}")
+        child = job.out / f"seed-{seed}"
+        children.append(child)
+        if finished(child):
+            results.append(read_json(child / "metrics.json"))
+            continue
+        shared.progress.say(f"seed {seed}")
+        shared.began = time.perf_counter()
+        own = recipe.model_copy(update={"seed": seed})
+        results.append(_one_seed(job, child, own, job.build_student(seed), shared))
+    result, best = joint_metrics(results)
+    for name in ("student", "baseline", "export"):
+        if (children[best] / name).is_dir():
+            with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=job.out) as temporary:
+                shutil.copytree(children[best] / name, Path(temporary) / name)
+                commit_folder(Path(temporary) / name, job.out / name)
+    for name in ("analysis.json", "log.jsonl"):
+        write_atomic(job.out / name, (children[best] / name).read_bytes())
+    write_json(job.out / "environment.json", {**shared.environment, "seed": recipe.seed, "best_seed": recipe.seed + best})
+    write_json(job.out / "metrics.json", result)
+    write_report([job.out], job.out / "report.html")
+    shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _check_layers(recipe: Recipe, student: Model, teacher: Model | None) -> None:
+    """Every layer that a term names exists, before anything is computed."""
+    of_student, of_teacher = needs_of(recipe.objective)
+    problems: list[Problem] = []
+    for model, needs, side in ((student, of_student, "student"), (teacher, of_teacher, "teacher")):
+        if model is None:
+            continue
+        try:
+            validate_paths(model.module, needs.features, f"objective ({side} layer)")
+        except UsageError as e:
+            problems += e.problems
+    if problems:
+        raise UsageError(problems)
+
+
+def _warnings(student: Model, teacher: Model | None, to_train: bool) -> list[str]:
+    """What a person should know before the run, and is free to do."""
+    if teacher is None:
+        return []
+    notes = []
+    small, large = (sum(p.numel() for p in model.module.parameters()) for model in (student, teacher))
+    if small > large:
+        notes.append(f"Warning: the student has {small:,} parameters, more than the teacher's {large:,}.")
+    if to_train:
+        notes.append("The teacher's head does not fit the data's classes (or training it was asked for): it gets a new head and is trained first.")
+    return notes
+
+
+def _where(engines: dict[str, Engine], device: torch.device) -> dict[str, Any]:
+    student = engines["student"]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "world_size": 1,
+        "precision": student.precision,
+        "layout": student.layout,
+        "teacher_precision": engines["teacher"].precision if "teacher" in engines else None,
+        "teacher_layout": engines["teacher"].layout if "teacher" in engines else None,
+    }
+
+
+def _dry_run(job: Job, student: Model, teacher: Model | None, parts: Parts, progress: Progress) -> dict[str, Any]:
+    """What would be done; nothing is written."""
+    feed = parts.feed(job.recipe, with_teacher=teacher is not None)
+    plan = {
+        "dry_run": True,
+        "task": job.recipe.task,
+        "out": str(job.out),
+        "classes": len(job.data.classes),
+        "samples": {"train": len(job.data.train), "valid": len(job.data.valid), "test": len(job.data.test)},
+        "steps": feed.plan.total_steps,
+        "parameters": {
+            role: sum(p.numel() for p in model.module.parameters()) for role, model in (("teacher", teacher), ("student", student)) if model
+        },
+    }
+    for key, value in plan.items():
+        progress.say(f"{key}: {value}")
+    return plan
+
+
+def _sampler(data: Data) -> Callable[[int], dict[str, Any]]:
+    """What the report shows of one test sample."""
+    if data.kind == "image":
+        return lambda index: {"png": thumbnail(data.test, index)}
+    if data.kind == "text":
+        return lambda index: {"text": text_of(data.test, index)}
+    return lambda index: {"text": f"test sample {index}"}
+
+
+def _run_name(recipe: Recipe, command: str) -> str:
+    """``student-data``, of characters that every file system takes."""
+    student = recipe.student.model.rstrip("/").split("/")[-1].split(":")[-1]
+    source = recipe.data.source.rstrip("/").split("/")[-1].split(":")[-1].split(".")[0]
+    name = f"{command}-{student}-{source}"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)

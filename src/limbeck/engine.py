@@ -1,0 +1,139 @@
+"""Device, precision and layout: PyTorch's own autocast and gradient scaler, and the measurement that chooses between them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import Problem, UsageError
+from limbeck.types import Batch
+
+__all__ = ["Engine", "candidates", "choose_device", "measure"]
+
+GAIN = 1.2
+"""How many times faster than float32 channels-first another choice must be before ``auto`` takes it."""
+
+AGREEMENT = 0.99
+"""The least cosine between gradients (or logits) of a choice and of float32 channels-first."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and in which numbers one model runs. ``precision``: float32, float64, bf16, fp16; ``layout``: channels_first, channels_last."""
+
+    device: torch.device
+    precision: str = "float32"
+    layout: str = "channels_first"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and floating-point inputs; bf16 and fp16 keep float32 weights and compute under autocast."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module here, in place."""
+        module.to(device=self.device, dtype=self.dtype)
+        for parameter in module.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.to(memory_format=self.memory_format)
+        return module
+
+    def send(self, batch: Batch) -> Batch:
+        return batch.to(self.device, self.dtype, self.memory_format)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision in ("bf16", "fp16"):
+            return torch.autocast(self.device.type, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss for fp16; passes everything through otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def label(self) -> str:
+        return f"{self.precision} {self.layout}"
+
+
+def choose_device(setting: str) -> torch.device:
+    """``auto``: the current CUDA device where there is one, else the CPU. Anything else is taken as torch names it, and checked."""
+    if setting == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(setting)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UsageError(Problem("train.device", f"got {setting!r}, which cannot be used here ({reason}).", "Allowed: auto, cpu, cuda, cuda:N.")) from e
+    return device
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what this device cannot do."""
+    if precision == "fp16" and device.type != "cuda":
+        raise UsageError(Problem("train.precision", "fp16 needs a CUDA device; on a CPU it is unusable.", "Allowed here: auto, float32, float64, bf16."))
+
+
+def candidates(device: torch.device, layouts: list[str], precisions: list[str] | None = None) -> list[Engine]:
+    """What ``precision: auto`` measures; the first is always float32 in the first layout."""
+    half = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    names = precisions or (["float32", "bf16"] if half else ["float32"])
+    return [Engine(device, precision, layout) for precision in names for layout in layouts]
+
+
+def measure(engines: list[Engine], run: Callable[[Engine], Tensor], repeats: int = 3) -> tuple[Engine, dict[str, Any]]:
+    """Time ``run`` under each engine and choose.
+
+    ``run`` does the work once and returns one flat vector (gradients, or logits) by which the choices are compared. The first engine is the
+    reference: another is taken if its vector has a cosine of at least 0.99 with the reference's and it is at least 1.2 times as fast.
+
+    Returns the choice and a record for environment.json: milliseconds and cosine of each, and the reason.
+    """
+    reference = engines[0]
+    rows: list[dict[str, Any]] = []
+    baseline: Tensor | None = None
+    for engine in engines:
+        try:
+            vector = run(engine).detach().double().flatten()  # also the warm-up
+            baseline = vector if baseline is None else baseline
+            cosine = float(torch.nn.functional.cosine_similarity(vector, baseline, dim=0))
+            seconds = []
+            for _ in range(repeats):
+                _synchronise(engine.device)
+                start = time.perf_counter()
+                run(engine)
+                _synchronise(engine.device)
+                seconds.append(time.perf_counter() - start)
+                if sum(seconds) > 10:
+                    break
+            row = {"precision": engine.precision, "layout": engine.layout, "ms": 1000 * statistics.median(seconds), "cosine": cosine}
+        except RuntimeError as e:
+            if engine == reference:
+                raise
+            row = {"precision": engine.precision, "layout": engine.layout, "ms": None, "cosine": None, "error": str(e).splitlines()[0]}
+        rows.append(row)
+    base = rows[0]["ms"]
+    eligible = [
+        (row["ms"], engine)
+        for row, engine in zip(rows, engines, strict=True)
+        if row["ms"] is not None and row["cosine"] >= AGREEMENT and base / row["ms"] >= GAIN
+    ]
+    if not eligible:
+        return reference, {"measured": rows, "reason": f"nothing measured was {GAIN} times faster than {reference.label()} with agreeing values"}
+    ms, chosen = min(eligible, key=lambda pair: pair[0])
+    return chosen, {"measured": rows, "reason": f"{chosen.label()} took {ms:.1f} ms, {reference.label()} {base:.1f} ms ({base / ms:.1f} times faster)"}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,149 @@
+"""What a loss says about itself, so that recipes, listings and tests can treat every loss alike.
+
+A loss is a pure function, or an :class:`torch.nn.Module` where it has parameters. Its positional arguments are the tensors named by
+``LossEntry.reads``, each of the same N items; its keyword-only arguments are what a recipe may set. The annotations of these carry the
+allowed range (a pydantic ``Field`` whose ``description`` says it in words) and the markers below.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from torch import Tensor, nn
+
+from limbeck.errors import nearest
+
+__all__ = ["Layer", "LossEntry", "Parameter", "PerClass", "Reads", "Schedulable", "raised"]
+
+Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels"]
+"""A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats."""
+
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Schedulable:
+    """Marks a number for which a recipe may also give a schedule over training; the loss itself sees the number."""
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """Marks a (C,) tensor that a recipe gives as a list, as a mapping by class name, or as ``balanced``."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Marks the path of a layer whose output the loss reads, as in ``module.named_modules()``."""
+
+    side: Literal["student", "teacher"]
+
+
+def raised(x: Tensor) -> Tensor:
+    """Half types become float32; float32 and float64 stay what they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword argument of a loss, as a recipe may set it.
+
+    ``allowed`` says in words what is allowed; ``default`` is ``inspect.Parameter.empty`` where a recipe must give a value.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    allowed: str
+    schedulable: bool
+    per_class: bool
+    layer: Layer | None
+
+    @property
+    def required(self) -> bool:
+        """Whether a recipe must give it."""
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that are allowed, where the parameter is one of a few words."""
+        return tuple(str(c) for c in get_args(self.annotation)) if get_origin(self.annotation) is Literal else ()
+
+    def read(self, value: Any) -> Any:
+        """``value`` as the loss takes it (a number written as text becomes a number); ValueError with a sentence where not allowed."""
+        if isinstance(value, Mapping) and self.per_class:
+            value = {str(k): v for k, v in value.items()}
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            return TypeAdapter(self.annotation).validate_python(value)
+        except (ValidationError, ValueError):
+            hint = nearest(value, self.choices) if isinstance(value, str) else ""
+            raise ValueError(f"{value!r} is not allowed; give {self.allowed}.{' ' + hint if hint else ''}") from None
+
+
+def _parameter(name: str, hint: Any, default: Any) -> Parameter:
+    marks: tuple[Any, ...] = hint.__metadata__ if get_origin(hint) is Annotated else ()
+    plain = hint.__origin__ if marks else hint
+    per_class = any(isinstance(m, PerClass) for m in marks)
+    said = next((m.description for m in marks if isinstance(m, FieldInfo) and m.description), None)
+    if per_class:
+        annotation: Any = list[_Weight] | dict[str, _Weight] | Literal["balanced"] | None
+        said = said or "a list of one number from 0 up a class, a mapping from class names to such numbers, or balanced"
+    else:
+        annotation = Annotated[plain, *[m for m in marks if isinstance(m, FieldInfo)]] if marks else plain
+    if get_origin(plain) is Literal:
+        annotation = plain
+        said = said or "one of " + ", ".join(str(c) for c in get_args(plain))
+    return Parameter(
+        name=name,
+        annotation=annotation,
+        default=default,
+        allowed=said or f"a value of type {getattr(plain, '__name__', plain)}",
+        schedulable=any(isinstance(m, Schedulable) for m in marks),
+        per_class=per_class,
+        layer=next((m for m in marks if isinstance(m, Layer)), None),
+    )
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """One row of the table of losses.
+
+    name: what a recipe writes. function: a pure function (tensors, *, parameters) -> (N,), or a module class whose instances have that call
+    and which is built as ``function(student_shape, teacher_shape, *, parameters)``, shapes being those of the captured features, batch
+    first. reads: the tensors it takes, in order. per_item: one value an item that depends on that item alone, so that its gradient does not
+    depend on how a step is cut; False for a relational loss, whose values have the published scalar as their mean.
+    zero_at: parameters under which the loss is 0 where student and teacher agree; None where it is not. shift_invariant: a constant added
+    to all logits of an item changes nothing. example: a term's parameters, for listings and tests. summary: when to use it. source: where
+    it was published.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reads: tuple[Reads, ...]
+    per_item: bool
+    zero_at: Mapping[str, Any] | None
+    shift_invariant: bool
+    summary: str
+    source: str
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is a module with parameters, to be built from shapes."""
+        return isinstance(self.function, type) and issubclass(self.function, nn.Module)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """What a recipe may set, by name, in the order of the signature."""
+        signed: Any = self.function
+        hints = get_type_hints(signed.__init__ if self.learned else signed, include_extras=True)
+        keywords = [p for p in inspect.signature(self.function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        return {p.name: _parameter(p.name, hints[p.name], p.default) for p in keywords}

@@ -1,0 +1,75 @@
+"""Losses on logits: the classic distillation loss, and cross entropy with the labels.
+
+Every function takes N items and returns N values, in at least float32 (half types are raised, float64 stays float64). Nothing is averaged
+here: the objective sums and divides.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from limbeck.losses._seam import PerClass, Schedulable, raised
+
+__all__ = ["cross_entropy", "kd"]
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) over the last dimension; a class of probability 0 under p adds 0, whatever q says about it."""
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)  # a NaN stays a NaN
+
+
+def kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0"), Schedulable()] = 4.0,
+) -> Tensor:
+    """``T^2 * KL(teacher || student)``, both softened by the temperature T, summed over classes.
+
+    student, teacher: (N, C) logits, of which the teacher's get no gradient. Returns (N,), 0 where they agree. T^2 keeps the size of the
+    gradient about the same at every temperature. A class whose logit is -inf on both sides (a masked class) adds 0 and gets a zero
+    gradient; one that is -inf for the student alone is infinitely far away, and the value says so.
+
+    Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+
+    >>> kd(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor([0.])
+    """
+    log_student = F.log_softmax(raised(student) / temperature, dim=-1)
+    log_teacher = F.log_softmax(raised(teacher).detach() / temperature, dim=-1)
+    divergence = _kl(log_teacher, log_student)
+    return temperature**2 * divergence
+
+
+def cross_entropy(
+    student: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="a number from 0 up to but not including 1")] = 0.0,
+    class_weights: Annotated[Tensor | None, PerClass()] = None,
+) -> Tensor:
+    """Cross entropy of the student with the labels, at temperature 1.
+
+    student: (N, C) logits. labels: (N,) int64 classes, or (N, C) probabilities (mixup). label_smoothing: this share of every label is
+    spread evenly over all classes. class_weights: (C,), multiplies each class's part. Returns (N,).
+
+    The objective divides the sum by the number of labelled items, so a class of weight 2 pulls exactly twice as hard as one of weight 1;
+    torch's own weighted mean divides by the weights of the labels that are present, which makes the gradient depend on how a step is cut.
+
+    >>> cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    tensor([0.6931])
+    """
+    student = raised(student)
+    weight = None if class_weights is None else class_weights.to(student.device, student.dtype)
+    if labels.ndim == 1:
+        return F.cross_entropy(student, labels, weight, label_smoothing=label_smoothing, reduction="none")
+    target = labels.to(student.dtype) * (1 - label_smoothing) + label_smoothing / student.shape[-1]
+    if weight is not None:
+        target = target * weight
+    return -torch.where(target == 0, 0.0, target * F.log_softmax(student, dim=-1)).sum(-1)

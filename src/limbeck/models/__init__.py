@@ -1,0 +1,28 @@
+"""Models: from what a person names to a module that reads the data, and back to files that stand alone."""
+
+from limbeck.models._build import build_model, wrap_module
+from limbeck.models._capture import Capture, probe_shapes, validate_paths
+from limbeck.models._heads import resize_head
+from limbeck.models._labels import class_map
+from limbeck.models._model import Model, call_module, describe, logits_of, state_hash
+from limbeck.models._names import SHORT_NAMES, known_models
+from limbeck.models._saved import load_saved, save_model
+
+__all__ = [
+    "SHORT_NAMES",
+    "Capture",
+    "Model",
+    "build_model",
+    "call_module",
+    "class_map",
+    "describe",
+    "known_models",
+    "load_saved",
+    "logits_of",
+    "probe_shapes",
+    "resize_head",
+    "save_model",
+    "state_hash",
+    "validate_paths",
+    "wrap_module",
+]

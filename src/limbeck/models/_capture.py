@@ -1,0 +1,95 @@
+"""Features of named layers, read by hooks that live as long as one ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from limbeck.errors import Problem, UsageError, nearest
+from limbeck.models._model import Model, first_tensor, untouched
+from limbeck.types import Inputs
+
+__all__ = ["Capture", "probe_shapes", "validate_paths"]
+
+
+class Capture:
+    """Keep the outputs of named layers during forward passes; every hook is gone when the block ends, however it ends.
+
+    ``paths`` are names from ``module.named_modules()``; ``"layer:1"`` or ``"layer:hidden_states"`` picks from a layer that returns a tuple
+    or a mapping (without it: the first tensor). Gradients flow through what was captured.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with Capture(net, ["0"]) as capture:
+    ...     _ = net(torch.zeros(5, 4))
+    >>> capture.features["0"].shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, module: nn.Module, paths: Sequence[str]) -> None:
+        validate_paths(module, paths, "features")
+        self.features: dict[str, Tensor] = {}
+        self._module = module
+        self._paths = tuple(dict.fromkeys(paths))
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        layers = dict(self._module.named_modules())
+        for path in self._paths:
+            layer, key = _split(path)
+            self._handles.append(layers[layer].register_forward_hook(self._keeper(path, key)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take(self) -> dict[str, Tensor]:
+        """The features of the last forward pass, forgotten here so that nothing keeps its graph alive."""
+        taken, self.features = self.features, {}
+        return taken
+
+    def _keeper(self, path: str, key: str | None) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            try:
+                self.features[path] = first_tensor(output, key)
+            except UsageError as e:
+                raise UsageError(Problem(path, e.problems[0].message)) from None
+
+        return keep
+
+
+def validate_paths(module: nn.Module, paths: Sequence[str], where: str) -> None:
+    """Raise one ``UsageError`` that names every path which is no layer of ``module``, each with the nearest layer's name."""
+    layers = [name for name, _ in module.named_modules() if name]
+    known = set(layers)
+    problems = []
+    for path in paths:
+        layer, _ = _split(path)
+        if layer not in known:
+            hint = nearest(layer, layers)
+            top = ", ".join(name for name, _ in module.named_children()) or "none"
+            problems.append(
+                Problem(where, f"'{path}' is not a layer of {type(module).__name__}.", hint or f"Its outermost layers are: {top}.")
+            )
+    if problems:
+        raise UsageError(problems)
+
+
+def probe_shapes(model: Model, inputs: Inputs, paths: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of named features for these inputs, by one forward pass in eval mode that leaves the module as it was."""
+    with untouched(model.module), Capture(model.module, paths) as capture:
+        model(inputs)
+    silent = [path for path in paths if path not in capture.features]
+    if silent:
+        raise UsageError([Problem(path, "this layer is not called in the model's forward pass, so it has no features.") for path in silent])
+    return {path: tuple(capture.features[path].shape) for path in paths}
+
+
+def _split(path: str) -> tuple[str, str | None]:
+    layer, colon, key = path.partition(":")
+    return layer, key if colon else None

@@ -1,0 +1,354 @@
+"""Terms -> one scalar: the weighted sum of losses, and the only division in the project.
+
+A loss gives one value an item; the objective selects the items, sums their values, and divides by the number of that term's items in the
+whole optimiser step. The sum over the microbatches (and ranks) of a step is then the loss of the step, however it was cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from limbeck.errors import Problem, UsageError, listed, nearest
+from limbeck.losses import LOSSES, LossEntry, Parameter, raised
+from limbeck.randomness import forked
+from limbeck.recipe import Schedule, Term
+from limbeck.types import Batch, Needs, Outputs, Signal
+
+__all__ = ["Objective", "check_terms", "needs_of", "value_at"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of captured features by module path, batch first."""
+
+
+def value_at(value: float | Schedule, progress: float) -> float:
+    """The value at ``progress`` (0 at the first optimiser step of a fit, 1 at its end) of a number or of a schedule.
+
+    >>> value_at(Schedule(start=1.0, end=0.0, until=0.5), 0.25), value_at(Schedule(start=1.0, end=0.0, until=0.5), 0.9)
+    (0.5, 0.0)
+    """
+    if not isinstance(value, Schedule):
+        return float(value)
+    done = min(max(progress / value.until, 0.0), 1.0)
+    if value.shape == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return value.start * (1 - done) + value.end * done
+
+
+def check_terms(terms: Sequence[Term]) -> list[Problem]:
+    """Everything that is wrong with an objective and can be told without data or models; an empty list where nothing is.
+
+    ``where`` is ``objective.i.key``.
+    """
+    if not terms:
+        return [
+            Problem(
+                "objective", "has no term; give at least one.", "Example: [{loss: kd, weight: 0.7}, {loss: cross_entropy, weight: 0.3}]."
+            )
+        ]
+    problems: list[Problem] = []
+    for i, term in enumerate(terms):
+        problems += [replace(p, where=f"objective.{i}.{p.where}") for p in _check_weight(term.weight) + _read_parameters(term)[1]]
+    if all(_peak(term.weight) == 0 for term in terms):
+        problems.append(Problem("objective", "every weight is 0, so nothing would be learned; give one term a weight above 0."))
+    return problems
+
+
+def needs_of(terms: Sequence[Term]) -> tuple[Needs, Needs]:
+    """What the terms ask of the student and of the teacher (``Needs(logits=False)`` of a teacher that nobody asks).
+
+    The student's logits are always asked for. Paths come in the order of the terms, without repeats. Terms must pass :func:`check_terms`.
+    """
+    paths: dict[str, dict[str, None]] = {"student": {}, "teacher": {}}
+    logits = False
+    for term in terms:
+        entry = LOSSES[term.loss]
+        logits = logits or "teacher.logits" in entry.reads
+        for side, path in _layers(entry, term).items():
+            paths[side][path] = None
+    return Needs(features=tuple(paths["student"])), Needs(logits=logits, features=tuple(paths["teacher"]))
+
+
+class Objective(nn.Module):
+    """The weighted sum of the terms of a recipe; holds the parameters of its losses (projections), which the export never sees.
+
+    Build it with :meth:`build`, :meth:`baseline` or :meth:`cross_entropy_only`, and move it to the device and dtype of the student.
+    ``names`` are the losses' names (``kd``, and ``kd.2`` for a second one); ``needs_teacher``, ``student_needs`` and ``teacher_needs`` say
+    what it asks of the models; ``per_item`` is False where the gradient depends on how a step is cut into microbatches: a relational loss,
+    or a projection with batch statistics.
+    """
+
+    def __init__(self, terms: Sequence[_Term]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        self._each = tuple(terms)
+        self.names = tuple(t.name for t in terms)
+        self.student_needs, self.teacher_needs = needs_of([t.term for t in terms])
+        self.needs_teacher = self.teacher_needs.logits or bool(self.teacher_needs.features)
+        self.per_item = all(t.per_item for t in terms)
+
+    @classmethod
+    def build(
+        cls,
+        terms: Sequence[Term],
+        *,
+        classes: Sequence[str],
+        label_counts: Sequence[int] | np.ndarray[Any, Any],
+        shapes_student: Shapes | None = None,
+        shapes_teacher: Shapes | None = None,
+        seed: int = 0,
+    ) -> Objective:
+        """The objective of a recipe's terms.
+
+        classes: names in the order of the logits. label_counts: (C,), labelled training items of each class, for ``class_weights:
+        balanced``. shapes_*: what :func:`needs_of` asked to capture, batch first. seed: of the initial projections. Raises UsageError with
+        all problems.
+        """
+        problems = check_terms(terms)
+        if problems:
+            raise UsageError(problems)
+        built: list[_Term] = []
+        for i, term in enumerate(terms):
+            earlier = sum(t.loss == term.loss for t in terms[:i])
+            name = term.loss if not earlier else f"{term.loss}.{earlier + 1}"
+            values, _ = _read_parameters(term)
+            try:
+                for parameter in LOSSES[term.loss].parameters.values():
+                    if parameter.per_class and values.get(parameter.name) is not None:
+                        values[parameter.name] = _per_class(parameter.name, values[parameter.name], classes, label_counts)
+                with forked(seed, "objective", name):
+                    built.append(_Term(name, term, values, shapes_student or {}, shapes_teacher or {}))
+            except UsageError as error:
+                problems += [replace(p, where=f"objective.{i}.{p.where}") for p in error.problems]
+        if problems:
+            raise UsageError(problems)
+        return cls(built)
+
+    @classmethod
+    def cross_entropy_only(cls) -> Objective:
+        """Training without a teacher: cross entropy at weight 1."""
+        return cls.build([Term(loss="cross_entropy")], classes=(), label_counts=())
+
+    @classmethod
+    def baseline(cls, terms: Sequence[Term], *, classes: Sequence[str], label_counts: Sequence[int] | np.ndarray[Any, Any]) -> Objective:
+        """What the baseline of a recipe learns from: the parameters of its (first) cross entropy term, at weight 1, and no teacher."""
+        found = next((t for t in terms if t.loss == "cross_entropy"), Term(loss="cross_entropy"))
+        return cls.build([found.model_copy(update={"weight": 1.0})], classes=classes, label_counts=label_counts)
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Each term's weight at ``progress``, for the log."""
+        return {t.name: value_at(t.term.weight, progress) for t in self._each}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """The items of each term in a batch: valid samples, labelled samples, or valid tokens of valid samples.
+
+        Called on the whole step, before it is cut or moved to a device; with several ranks, sum what each rank counts.
+        """
+        if any(t.tokens for t in self._each):
+            _check_same_tokens(batch)
+        return {t.name: int(t.selection(batch).sum()) for t in self._each}
+
+    def forward(
+        self, student: Outputs, teacher: Signal | None, batch: Batch, *, progress: float, counts: Mapping[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part that one microbatch has in the loss of its step, and each term's unweighted, detached part for the log.
+
+        Returns ``sum over terms of weight(progress) * sum of values / counts[term]``; a term without items is a differentiable 0. The sums
+        over a step's microbatches are the step's loss and each term's mean over its items. counts: of the whole step (:meth:`counts`).
+        Runs outside autocast, so that every loss is computed in at least float32.
+        """
+        parts: dict[str, Tensor] = {}
+        total = raised(student.logits[:0]).sum()
+        with torch.autocast(student.logits.device.type, enabled=False):
+            for term in self._each:
+                weight = value_at(term.term.weight, progress)
+                values = term(student, teacher, batch, progress)
+                mean = values.sum() / max(counts[term.name], 1)
+                parts[term.name] = mean.detach()
+                if weight:  # at weight 0 an infinite value must not become NaN
+                    total = total + weight * mean
+        return total, parts
+
+
+class _Term(nn.Module):
+    """One term: its loss, its parameters, and the selection of its items."""
+
+    def __init__(self, name: str, term: Term, values: dict[str, Any], shapes_student: Shapes, shapes_teacher: Shapes) -> None:
+        super().__init__()
+        self.name, self.term = name, term
+        self.entry = LOSSES[term.loss]
+        self.layers = _layers(self.entry, term)
+        shapes: Mapping[str, Shapes] = {"student": shapes_student, "teacher": shapes_teacher}
+        missing = [
+            Problem(side, f"no shape is known for layer '{p}'.", nearest(p, shapes[side]))
+            for side, p in self.layers.items()
+            if p not in shapes[side]
+        ]
+        if missing:
+            raise UsageError(missing)
+        feature = [shapes[side][p] for side, p in self.layers.items()]
+        self.tokens = any(len(s) == 3 for s in feature)
+        if self.entry.learned:
+            self.loss: Any = self.entry.function(*feature, **values)
+            self.values: dict[str, Any] = {}
+        else:
+            self.loss, self.values = self.entry.function, values
+
+    @property
+    def per_item(self) -> bool:
+        return self.entry.per_item and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+
+    def selection(self, batch: Batch) -> Tensor:
+        """(B,) bool: the samples that count; (B, T) where the items are tokens."""
+        samples = batch.labelled if "labels" in self.entry.reads else batch.mask
+        if self.tokens and "attention_mask" in batch.student:
+            return samples[:, None] & batch.student["attention_mask"].bool()
+        return samples
+
+    def forward(self, student: Outputs, teacher: Signal | None, batch: Batch, progress: float) -> Tensor:
+        """(N,) values of the selected items."""
+        chosen = self.selection(batch)
+        tensors = [self._tensor(what, student, teacher, batch) for what in self.entry.reads]
+        for what, x in zip(self.entry.reads, tensors, strict=True):
+            if x.shape[: chosen.ndim] != chosen.shape:
+                raise UsageError(_misfit(self.name, what, self.layers, x, chosen))
+        if "teacher.logits" in self.entry.reads and tensors[0].shape != tensors[1].shape:
+            raise UsageError(Problem(self.name, f"the student has {tensors[0].shape[-1]} classes and the teacher {tensors[1].shape[-1]}."))
+        if not bool(chosen.all()):
+            rows = chosen.nonzero(as_tuple=True)
+            tensors = [x[rows] for x in tensors]
+        elif chosen.ndim == 2:
+            tensors = [x.flatten(0, 1) for x in tensors]
+        if not len(tensors[0]):
+            return raised(tensors[0]).flatten(1).sum(1)
+        values: Tensor = self.loss(*tensors, **{k: value_at(v, progress) if isinstance(v, Schedule) else v for k, v in self.values.items()})
+        return values
+
+    def _tensor(self, what: str, student: Outputs, teacher: Signal | None, batch: Batch) -> Tensor:
+        if what == "labels":
+            return batch.labels
+        side, kind = what.split(".")
+        given = student if side == "student" else teacher
+        found = None if given is None else given.logits if kind == "logits" else given.features[self.layers[side]]
+        if found is None:
+            raise ValueError(f"{self.name} reads {what}, which was not given")
+        return found
+
+
+def _layers(entry: LossEntry, term: Term) -> dict[str, str]:
+    """The paths that a term reads, by side."""
+    values = term.model_extra or {}
+    return {p.layer.side: values[p.name] for p in entry.parameters.values() if p.layer is not None}
+
+
+def _check_same_tokens(batch: Batch) -> None:
+    """Features by token can be compared only where both models see the same tokens."""
+    if batch.teacher is None or batch.teacher is batch.student:
+        return
+    student, teacher = (inputs.get("attention_mask") for inputs in (batch.student, batch.teacher))
+    if student is not None and teacher is not None and not torch.equal(student, teacher):
+        message = "a loss on features by token needs the same tokens on both sides, and here the two tokenizers cut the text differently."
+        raise UsageError(
+            Problem("objective", message, "Choose layers that give one row a sample, (B, D), or models that share a tokenizer.")
+        )
+
+
+def _misfit(name: str, what: str, layers: Mapping[str, str], x: Tensor, chosen: Tensor) -> Problem:
+    side = what.split(".")[0]
+    where = f"layer '{layers[side]}' of the {side}" if side in layers and what.endswith("features") else what
+    items = "tokens of the student's own tokenizer" if chosen.ndim == 2 else "samples"
+    message = f"{where} gives {tuple(x.shape)} where one row for each of {tuple(chosen.shape)} {items} is needed."
+    return Problem(
+        name, message, "Choose a layer that gives (B, T, D) on the same tokens, or one that gives (B, D)." if chosen.ndim == 2 else ""
+    )
+
+
+def _peak(value: float | Schedule) -> float:
+    return max(abs(value.start), abs(value.end)) if isinstance(value, Schedule) else abs(float(value))
+
+
+def _check_weight(weight: float | Schedule) -> list[Problem]:
+    given = {"weight.start": weight.start, "weight.end": weight.end} if isinstance(weight, Schedule) else {"weight": weight}
+    return [
+        Problem(where, f"{value!r} is not allowed; give a number from 0 up.")
+        for where, value in given.items()
+        if not (value >= 0 and math.isfinite(value))
+    ]
+
+
+def _read_parameters(term: Term) -> tuple[dict[str, Any], list[Problem]]:
+    """The parameters that a term gives, as its loss takes them, and what is wrong with them."""
+    entry = LOSSES.get(term.loss)
+    if entry is None:
+        return {}, [Problem("loss", f"there is no loss '{term.loss}'; there are {listed(list(LOSSES))}.", nearest(term.loss, LOSSES))]
+    values: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, value in (term.model_extra or {}).items():
+        parameter = entry.parameters.get(key)
+        if parameter is None:
+            allowed = [*entry.parameters, "weight"]
+            problems.append(Problem(key, f"'{term.loss}' has no parameter '{key}'; it has {listed(allowed)}.", nearest(key, allowed)))
+        elif parameter.schedulable and isinstance(value, Mapping | Schedule):
+            values[key], found = _read_schedule(parameter, value)
+            problems += found
+        else:
+            try:
+                values[key] = parameter.read(value)
+            except ValueError as error:
+                problems.append(Problem(key, str(error)))
+    for name, parameter in entry.parameters.items():
+        if parameter.required and name not in (term.model_extra or {}):
+            problems.append(Problem(name, f"'{term.loss}' needs it: {parameter.allowed}."))
+    return values, problems
+
+
+def _read_schedule(parameter: Parameter, value: Mapping[str, Any] | Schedule) -> tuple[Schedule | None, list[Problem]]:
+    try:
+        schedule = value if isinstance(value, Schedule) else Schedule.model_validate(dict(value))
+    except ValidationError as error:
+        return None, [
+            Problem(
+                ".".join([parameter.name, *(str(at) for at in e["loc"])]),
+                f"{e['msg'][0].lower()}{e['msg'][1:]}.",
+                "A schedule is {start: 4.0, end: 1.0, shape: linear or cosine, until: 0.5}.",
+            )
+            for e in error.errors()
+        ]
+    problems = []
+    for end in ("start", "end"):
+        try:
+            parameter.read(getattr(schedule, end))
+        except ValueError as error:
+            problems.append(Problem(f"{parameter.name}.{end}", str(error)))
+    return schedule, problems
+
+
+def _per_class(where: str, value: Any, classes: Sequence[str], label_counts: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    """(C,) float64 weights from a list, a mapping by class name (others get 1), or ``balanced``.
+
+    Balanced is N / (C * n_c) for class c with n_c of the N labelled training items, where C counts the classes that occur; others get 0.
+    """
+    if isinstance(value, str):
+        counts = torch.as_tensor(np.asarray(label_counts, dtype=np.float64))
+        occurring = int((counts > 0).sum())
+        if not occurring:
+            raise UsageError(Problem(where, "balanced needs labelled training samples, and there are none."))
+        return torch.where(counts > 0, counts.sum() / (occurring * counts.clamp(min=1)), 0.0)
+    if isinstance(value, Mapping):
+        names = [str(c) for c in classes]
+        unknown = [
+            Problem(where, f"there is no class '{k}'; there are {listed(names)}.", nearest(k, names)) for k in value if k not in names
+        ]
+        if unknown:
+            raise UsageError(unknown)
+        return torch.tensor([value.get(c, 1.0) for c in names], dtype=torch.float64)
+    if len(value) != len(classes):
+        raise UsageError(Problem(where, f"has {len(value)} numbers for {len(classes)} classes."))
+    return torch.tensor(value, dtype=torch.float64)

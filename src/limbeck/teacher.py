@@ -1,0 +1,88 @@
+"""The Teacher protocol, and the teacher that is asked in the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from limbeck.engine import Engine
+from limbeck.errors import LimbeckError
+from limbeck.models import Capture, Model, state_hash
+from limbeck.types import Batch, Needs, Signal
+
+__all__ = ["LiveTeacher", "Teacher"]
+
+
+class Teacher(Protocol):
+    """Whatever can say, for a batch, what a student should learn from.
+
+    ``items`` and ``seconds`` count the samples that a forward pass was run on and the time it took.
+    """
+
+    identity: dict[str, Any]
+    items: int
+    seconds: float
+
+    def __call__(self, batch: Batch, needs: Needs) -> Signal: ...
+
+
+class LiveTeacher:
+    """A model that is only looked at: in eval mode, without gradient, no buffer of it changes.
+
+    columns: ``(C,)`` int64, the teacher's output for each class of the data (a class-order mismatch found by label names), or None.
+    """
+
+    def __init__(self, model: Model, engine: Engine, columns: np.ndarray[Any, np.dtype[np.int64]] | None = None) -> None:
+        self.model = model
+        self.engine = engine
+        self.identity: dict[str, Any] = {"weights_sha256": model.weights_sha256, "spec": model.spec, "preprocessing": vars(model.preprocessing)}
+        self.items = 0
+        self.seconds = 0.0
+        engine.place(model.module)
+        self._columns = None if columns is None else torch.from_numpy(columns).to(engine.device)
+        self._before = state_hash(model.module)
+
+    def __call__(self, batch: Batch, needs: Needs) -> Signal:
+        """batch: already on the student's device; its teacher inputs are brought into this teacher's precision and layout."""
+        assert batch.teacher is not None, "the batch was built without teacher inputs"
+        start = time.perf_counter()
+        self.model.module.eval()
+        inputs = self._own(batch)
+        with torch.no_grad(), self.engine.autocast(), Capture(self.model.module, needs.features) as capture:
+            logits = self.model(inputs)
+            features = dict(capture.features)
+        if self._columns is not None:
+            logits = logits.index_select(-1, self._columns)
+        self.items += len(batch)
+        self.seconds += time.perf_counter() - start
+        return Signal(logits, features)
+
+    def in_data_order(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """``(N, C)`` raw outputs of the model in the class order of the data."""
+        return logits if self._columns is None else logits[:, self._columns.cpu().numpy()]
+
+    @contextmanager
+    def placed(self, engine: Engine) -> Iterator[None]:
+        """The model in another precision or layout for a while, e.g. to be evaluated."""
+        engine.place(self.model.module)
+        try:
+            yield
+        finally:
+            self.engine.place(self.model.module)
+
+    def check_untouched(self) -> None:
+        """A teacher whose weights or buffers changed while it taught makes every figure of the run worthless."""
+        if state_hash(self.model.module) != self._before:
+            raise LimbeckError(
+                f"The teacher {self.model.spec.get('model')} changed while it was only to be looked at: one of its buffers or weights is modified "
+                "by its forward pass in eval mode. Its outputs depend on what it saw before, so it cannot teach reproducibly."
+            )
+
+    def _own(self, batch: Batch) -> dict[str, Tensor]:
+        sent = Batch(batch.ids, batch.view, batch.teacher or {}, None, batch.labels, batch.mask)
+        return dict(self.engine.send(sent).student)

@@ -1,0 +1,401 @@
+"""fit: the one loop. It knows no distillation method by name."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck import checkpoint
+from limbeck.data import BatchBuilder, Plan, stream
+from limbeck.engine import Engine
+from limbeck.errors import Interrupted, NonFinite
+from limbeck.models import Capture, Model
+from limbeck.objective import Objective
+from limbeck.progress import Progress, memory_bytes
+from limbeck.randomness import seed_for
+from limbeck.recipe import Train
+from limbeck.run import Log
+from limbeck.teacher import Teacher
+from limbeck.types import Batch, Outputs, Signal
+
+__all__ = ["Feed", "Recorder", "Trained", "decay_groups", "fit", "learning_rate"]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What is read: the plan of every step, what turns a request into a batch, and how.
+
+    round: optimiser steps after which the student is validated. It is the student's epoch for the baseline too, so that both are looked at
+    equally often where the baseline reads fewer (labelled) rows for the same number of steps.
+    """
+
+    plan: Plan
+    builder: BatchBuilder
+    round: int
+    workers: int = 0
+    pin_memory: bool = False
+
+
+@dataclass
+class Recorder:
+    """Where a fit leaves its traces. ``stop`` says whether a signal asked to leave; ``validate`` is run after every epoch."""
+
+    role: str
+    checkpoints: Path
+    log: Log
+    progress: Progress
+    stop: Callable[[], bool] = lambda: False
+    validate: Callable[[], dict[str, float]] | None = None
+
+
+@dataclass
+class Trained:
+    """What a fit did. ``history`` has one row an epoch; ``selected_epoch`` is the epoch whose weights the student holds now."""
+
+    steps: int
+    seconds: float
+    teacher_items: int
+    teacher_seconds: float
+    selected_epoch: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+    resumed_from: list[int] = field(default_factory=list)
+
+
+def fit(student: Model, teacher: Teacher | None, objective: Objective, feed: Feed, engine: Engine, settings: Train, seed: int, recorder: Recorder) -> Trained:
+    """Train ``student`` in place on ``objective`` over all steps of ``feed.plan``, from the newest checkpoint where there is one.
+
+    Per optimiser step: the learning rate and every schedule are functions of the step; the items of each term are counted over the whole step;
+    each microbatch adds its share of the loss (sum over items / count), so the gradient does not depend on the cut (law 2). Dropout is drawn
+    from a generator seeded by (seed, step, microbatch, rank), so nothing of a global generator has to be saved (law 4).
+
+    Raises: NonFinite at the step whose loss or gradient is not finite, before the weights are touched; Interrupted after a checkpoint when
+    ``recorder.stop`` says so.
+    """
+    plan, module = feed.plan, student.module
+    engine.place(module)
+    engine.place(objective)
+    optimizer = _optimizer(settings, [module, objective])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = engine.scaler()
+    average = Average(module, settings.ema) if settings.ema is not None else None
+    state = _State(module, objective, optimizer, scaler, average)
+    epochs = math.ceil(plan.total_steps / feed.round)
+    done = Trained(0, 0.0, 0, 0.0, epochs - 1)
+
+    found = checkpoint.load_newest(recorder.checkpoints, recorder.progress.say)
+    if found is None:
+        recorder.log.cut_role(recorder.role)
+    else:
+        done.steps = found[0]
+        state.restore(found[1], done)
+        recorder.log.cut(found[1]["log_offset"])
+        done.resumed_from.append(found[0])
+        recorder.log.write({"role": recorder.role, "step": found[0], "resumed_from": found[0]})
+        recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
+    began = time.perf_counter() - done.seconds
+    asked = (teacher.items - done.teacher_items, teacher.seconds - done.teacher_seconds) if teacher is not None else (0, 0.0)
+    rate = _Rate()
+
+    def commit() -> None:
+        recorder.log.write({"role": recorder.role, "step": done.steps, "checkpoint": True})
+        checkpoint.save(recorder.checkpoints, done.steps, {**state.capture(done), "log_offset": recorder.log.offset})
+
+    requests = (plan.request(step) for step in range(done.steps, plan.total_steps))
+    with Capture(module, objective.student_needs.features) as capture, _fork(engine):
+        module.train()
+        objective.train()
+        for request, whole in stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory):
+            progress = request.step / plan.total_steps
+            lr = learning_rate(settings, request.step, plan.total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            counts = objective.counts(whole)
+            batch = engine.send(whole)
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=engine.device)
+            terms: dict[str, Tensor] = {}
+            for micro, (start, stop) in enumerate(cuts(len(batch), settings.accumulate)):
+                part = batch.part(start, stop) if stop - start < len(batch) else batch
+                torch.manual_seed(seed_for(seed, "dropout", request.step, micro, 0))
+                signal = teacher(part, objective.teacher_needs) if teacher is not None else None
+                with engine.autocast():
+                    outputs = Outputs(student(part.student), capture.features)
+                share, values = objective(outputs, signal, part, progress=progress, counts=counts)
+                scaler.scale(share).backward()
+                loss = loss + share.detach()
+                terms = {name: terms[name] + value if terms else value for name, value in values.items()}
+                _refuse_nan(share, values, outputs, signal, part, request.step, recorder.role)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if not scaler.is_enabled() and not math.isfinite(float(norm)):
+                raise NonFinite(_bad_gradient(module, objective, batch, request.step, recorder.role))
+            if settings.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
+            scaler.step(optimizer)
+            scaler.update()
+            if average is not None:
+                average.update(done.steps)
+            done.steps = request.step + 1
+            done.seconds = time.perf_counter() - began
+            if teacher is not None:
+                done.teacher_items, done.teacher_seconds = teacher.items - asked[0], teacher.seconds - asked[1]
+            rate.add(len(batch))
+
+            epoch, epoch_ends = request.step // feed.round, done.steps % feed.round == 0 or done.steps == plan.total_steps
+            if done.steps % settings.log_every == 0 or epoch_ends:
+                shown = {name: float(value) for name, value in terms.items()}
+                recorder.log.write(
+                    {
+                        "role": recorder.role,
+                        "step": done.steps,
+                        "epoch": epoch,
+                        "loss": float(loss),
+                        "terms": shown,
+                        "weights": objective.weights(progress),
+                        "lr": lr,
+                        "grad_norm": float(norm),
+                        "items_per_second": rate.value,
+                        "memory_bytes": memory_bytes(engine.device),
+                        "time": time.time(),
+                    }
+                )
+                left = (plan.total_steps - done.steps) * rate.seconds_per_step
+                recorder.progress.step(
+                    recorder.role,
+                    epoch=epoch,
+                    epochs=epochs,
+                    step=done.steps,
+                    steps=plan.total_steps,
+                    items_per_second=rate.value,
+                    values={"loss": float(loss), **shown},
+                    left=left,
+                )
+            if epoch_ends:
+                _close_epoch(epoch, epochs, state, done, settings, recorder)
+                rate.restart()
+            leaving = recorder.stop()
+            if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
+                commit()
+            if leaving:
+                raise Interrupted(f"Stopped by a signal at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint.")
+    state.finish(done)
+    module.eval()
+    return done
+
+
+def cuts(count: int, accumulate: int) -> list[tuple[int, int]]:
+    """The bounds of the microbatches of a step: ``accumulate`` nearly equal parts, none empty.
+
+    >>> cuts(7, 2), cuts(1, 4)
+    ([(0, 4), (4, 7)], [(0, 1)])
+    """
+    size = math.ceil(count / accumulate)
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def learning_rate(settings: Train, step: int, total: int) -> float:
+    """The learning rate of a step, a pure function: linear warm-up over ``warmup`` of all steps, then the schedule down to 0.
+
+    one_cycle (Smith and Topin, 2018, arXiv 1708.07120, as torch's OneCycleLR with cosine annealing): from lr / 25 up to lr over ``warmup``,
+    down to lr / 250,000.
+    """
+    warm = round(settings.warmup * total)
+    if settings.schedule == "one_cycle":
+        if step < warm:
+            return _cosine(settings.lr / 25, settings.lr, step / max(1, warm))
+        return _cosine(settings.lr, settings.lr / 25e4, (step - warm) / max(1, total - 1 - warm))
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    left = (step - warm) / max(1, total - warm)
+    if settings.schedule == "cosine":
+        return _cosine(settings.lr, 0.0, left)
+    if settings.schedule == "linear":
+        return settings.lr * (1 - left)
+    return settings.lr
+
+
+def _cosine(start: float, end: float, part: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+
+def decay_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels; none for biases, norms and other vectors (the field's usual rule)."""
+    named = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    parameters = list(named.values())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _optimizer(settings: Train, modules: list[nn.Module]) -> torch.optim.Optimizer:
+    groups = [g for g in decay_groups(modules, settings.weight_decay) if g["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov and settings.momentum > 0, fused=True)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+class Average:
+    """Exponential moving average of a student's weights and floating-point buffers (batch statistics included).
+
+    decay is warmed up as (1 + step) / (10 + step), so that a short run does not average its initial weights in.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay = module, decay
+        self.values = {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = self.module.state_dict()
+        floats = [name for name, value in self.values.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.values[n] for n in floats], [current[n].detach() for n in floats], 1 - decay)
+        for name, value in self.values.items():
+            if not value.is_floating_point():
+                value.copy_(current[name])
+
+
+class _State:
+    """Everything that a step changes: captured into a checkpoint, restored from one."""
+
+    def __init__(self, module: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, scaler: Any, average: Average | None) -> None:
+        self.module, self.objective, self.optimizer, self.scaler, self.average = module, objective, optimizer, scaler, average
+        self.best: dict[str, Tensor] | None = None
+        self.best_value = -math.inf
+
+    def capture(self, done: Trained) -> dict[str, Any]:
+        return {
+            "student": dict(self.module.state_dict()),
+            "objective": dict(self.objective.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.values,
+            "best": self.best,
+            "done": {**vars(done), "best_value": self.best_value},
+        }
+
+    def restore(self, saved: dict[str, Any], done: Trained) -> None:
+        self.module.load_state_dict(saved["student"])
+        self.objective.load_state_dict(saved["objective"])
+        checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.average is not None:
+            for name, value in self.average.values.items():
+                value.copy_(saved["average"][name])
+        self.best = saved["best"]
+        values = dict(saved["done"])
+        self.best_value = values.pop("best_value")
+        for name, value in values.items():
+            setattr(done, name, value)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The weights that are evaluated and exported: the average where there is one."""
+        if self.average is None:
+            yield
+            return
+        current = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average.values)
+        try:
+            yield
+        finally:
+            self.module.load_state_dict(current)
+
+    def finish(self, done: Trained) -> None:
+        """Leave the selected weights in the module."""
+        if self.best is not None:
+            self.module.load_state_dict(self.best)
+        elif self.average is not None:
+            self.module.load_state_dict(self.average.values)
+
+
+def _close_epoch(epoch: int, epochs: int, state: _State, done: Trained, settings: Train, recorder: Recorder) -> None:
+    """Validate, remember the best where the recipe selects it, and write the epoch's line."""
+    valid = None
+    if recorder.validate is not None:
+        with state.evaluated():
+            valid = recorder.validate()
+            if settings.select == "best" and valid["accuracy"] > state.best_value:
+                state.best_value, done.selected_epoch = valid["accuracy"], epoch
+                state.best = {name: t.detach().cpu().clone() for name, t in state.module.state_dict().items()}
+        state.module.train()
+    row = {"role": recorder.role, "epoch": epoch, "step": done.steps, "valid": valid, "time": time.time()}
+    done.history.append({k: row[k] for k in ("epoch", "step", "valid")})
+    recorder.log.write(row)
+    recorder.progress.epoch(recorder.role, epoch=epoch, epochs=epochs, valid=valid, seconds=done.seconds)
+
+
+class _Rate:
+    """Items a second since the last restart, the first step (warm-up of kernels and loaders) left out."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps, self._items, self._start = -1, 0, time.perf_counter()
+
+    def add(self, items: int) -> None:
+        self._steps += 1
+        if self._steps == 0:
+            self._start = time.perf_counter()
+        else:
+            self._items += items
+
+    @property
+    def value(self) -> float:
+        return self._items / max(1e-9, time.perf_counter() - self._start) if self._steps > 0 else 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        return (time.perf_counter() - self._start) / self._steps if self._steps > 0 else 0.0
+
+
+@contextmanager
+def _fork(engine: Engine) -> Iterator[None]:
+    """The loop seeds the global generator at every microbatch; the caller's state comes back afterwards."""
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _refuse_nan(loss: Tensor, terms: dict[str, Tensor], outputs: Outputs, signal: Signal | None, part: Batch, step: int, role: str) -> None:
+    if math.isfinite(float(loss.detach())):
+        return
+    named = [name for name, value in terms.items() if not math.isfinite(float(value))] or ["the weighted sum"]
+    where, rows = "the loss", part.mask.new_ones(len(part))
+    tensors = {"the teacher's logits": None if signal is None else signal.logits, "the student's logits": outputs.logits}
+    inputs = {f"the input {name!r}": value for name, value in part.student.items() if value.is_floating_point()}
+    for what, tensor in {**inputs, **tensors}.items():
+        bad = None if tensor is None else tensor.isnan().flatten(1).any(1) | (tensor == math.inf).flatten(1).any(1)
+        if bad is not None and bool(bad.any()):
+            where, rows = what, bad
+            break
+    raise NonFinite(
+        f"Step {step} of the {role}: the term {' and '.join(named)} is {float(loss)}; {where} has NaN or infinity for {_ids(part, rows)}. "
+        "The weights were not touched, and the last checkpoint is kept. Lower train.lr, set train.clip_norm, or look at these samples."
+    )
+
+
+def _bad_gradient(module: nn.Module, objective: Objective, batch: Batch, step: int, role: str) -> str:
+    named = [*module.named_parameters(), *objective.named_parameters()]
+    bad = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
+    return (
+        f"Step {step} of the {role}: the loss is finite but the gradient of {', '.join(bad[:4])}{' and more' if len(bad) > 4 else ''} is not, for "
+        f"{_ids(batch, batch.mask)}. The weights were not touched, and the last checkpoint is kept. Lower train.lr or use precision: float32."
+    )
+
+
+def _ids(batch: Batch, rows: Tensor) -> str:
+    found = [f"{high:016x}{low:016x}" for (high, low), keep in zip(batch.ids.tolist(), rows.tolist(), strict=True) if keep]
+    return f"sample{'s' if len(found) != 1 else ''} {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")

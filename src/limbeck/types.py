@@ -1,0 +1,162 @@
+"""What flows between the parts: batches in, outputs out, and how a model wants its inputs.
+
+Shapes: B samples, C classes, N items (what a loss counts), H x W pixels, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "UNLABELLED",
+    "Batch",
+    "ImagePreprocessing",
+    "Needs",
+    "Outputs",
+    "Preprocessing",
+    "Signal",
+    "TensorPreprocessing",
+    "TextPreprocessing",
+]
+
+UNLABELLED = -1
+"""The label of a sample that has none: it counts for ``kd`` and not for ``cross_entropy``."""
+
+Inputs = Mapping[str, Tensor]
+"""What one model is called with: ``{"image": (B, Ch, H, W)}``, ``{"input_ids": (B, T), "attention_mask": (B, T), ...}`` or
+``{"x": (B, ...)}``."""
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """How a model wants images: ``(x / 255 - mean) / std`` in channels-first order, at ``height x width``.
+
+    ``height`` and ``width`` are None where the model takes the data's own size. ``resize_shorter`` is the shorter side before the centre
+    crop at evaluation (None: resize straight to height x width). ``mean`` and ``std`` have one entry a channel, in units of [0, 1].
+    """
+
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    height: int | None = None
+    width: int | None = None
+    resize_shorter: int | None = None
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    kind: Literal["image"] = "image"
+
+
+@dataclass(frozen=True)
+class TextPreprocessing:
+    """How a model wants text: its own tokenizer (a folder), cut at ``max_length`` tokens, padded dynamically.
+
+    ``inputs`` are the names that the tokenizer gives and the model takes, in order. ``tokenizer_sha256`` is over the tokenizer's files.
+    """
+
+    tokenizer: str
+    max_length: int
+    inputs: tuple[str, ...]
+    tokenizer_sha256: str
+    pad_token_id: int = 0
+    kind: Literal["text"] = "text"
+
+
+@dataclass(frozen=True)
+class TensorPreprocessing:
+    """Float arrays are taken as they are."""
+
+    shape: tuple[int, ...]
+    kind: Literal["tensor"] = "tensor"
+
+
+Preprocessing = ImagePreprocessing | TextPreprocessing | TensorPreprocessing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of samples, ready for both models.
+
+    ids: ``(B, 2)`` uint64, the 128-bit hash of each sample's raw content. labels: ``(B,)`` int64 with -1 for unlabelled, or ``(B, C)``
+    float probabilities after mixup (rows of zeros for unlabelled). mask: ``(B,)`` bool, the valid items. ``teacher`` is the same object as
+    ``student`` where both want the same preparation, and None where nobody will ask the teacher.
+    """
+
+    ids: np.ndarray[Any, np.dtype[np.uint64]]
+    view: int
+    student: Inputs
+    teacher: Inputs | None
+    labels: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labelled(self) -> Tensor:
+        """``(B,)`` bool: valid samples with a label."""
+        known = self.labels >= 0 if self.labels.ndim == 1 else self.labels.sum(-1) > 0
+        return known & self.mask
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The microbatch of samples ``start .. stop - 1``."""
+        student = {k: v[start:stop] for k, v in self.student.items()}
+        if self.teacher is None or self.teacher is self.student:
+            teacher: Inputs | None = student if self.teacher is not None else None
+        else:
+            teacher = {k: v[start:stop] for k, v in self.teacher.items()}
+        return Batch(self.ids[start:stop], self.view, student, teacher, self.labels[start:stop], self.mask[start:stop])
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None, memory_format: torch.memory_format | None = None) -> Batch:
+        """A copy on ``device``; floating-point inputs in ``dtype``, image inputs in ``memory_format``."""
+
+        def move(x: Tensor) -> Tensor:
+            if not x.is_floating_point():
+                return x.to(device, non_blocking=True)
+            if x.ndim == 4 and memory_format is not None:
+                return x.to(device, dtype=dtype, non_blocking=True, memory_format=memory_format)
+            return x.to(device, dtype=dtype, non_blocking=True)
+
+        student = {k: move(v) for k, v in self.student.items()}
+        teacher: Inputs | None = None
+        if self.teacher is not None:
+            teacher = student if self.teacher is self.student else {k: move(v) for k, v in self.teacher.items()}
+        labels = self.labels.to(device, non_blocking=True)
+        return replace(self, student=student, teacher=teacher, labels=labels, mask=self.mask.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copies, for fast transfers to a CUDA device (the hook that a DataLoader calls)."""
+        student = {k: v.pin_memory() for k, v in self.student.items()}
+        teacher: Inputs | None = None
+        if self.teacher is not None:
+            teacher = student if self.teacher is self.student else {k: v.pin_memory() for k, v in self.teacher.items()}
+        return replace(self, student=student, teacher=teacher, labels=self.labels.pin_memory(), mask=self.mask.pin_memory())
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gave: ``logits`` (B, C) and the features that were asked for, by module path."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of one model."""
+
+    logits: bool = True
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a teacher gives for a batch, tagged by ``kind``: dense logits and named features today."""
+
+    logits: Tensor | None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: Literal["dense"] = "dense"

@@ -1,0 +1,146 @@
+"""Every reference case, one test each: value and gradient, in float64 and (where the inputs are exact) in float32.
+
+The numbers are in ``data/`` here, or in the folder that the environment variable LIMBECK_REFERENCE names; ``data/README.md`` explains them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from limbeck.losses import kd
+from limbeck.objective import Objective
+from limbeck.recipe import Term
+from limbeck.types import Batch, Outputs, Signal
+
+FOLDER = Path(os.environ.get("LIMBECK_REFERENCE") or Path(__file__).parent / "data")
+CASES = json.loads((FOLDER / "losses.json").read_text())["cases"]
+
+Case = dict[str, Any]
+Inputs = dict[str, Tensor]
+Made = tuple[Tensor, Inputs]
+"""The loss as a scalar, and the tensors that stand for named inputs whose gradients are compared (projections' parameters)."""
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Inputs:
+    return load_file(FOLDER / "losses.safetensors")
+
+
+def batch_of(size: int, labels: Tensor | None = None, mask: Tensor | None = None) -> Batch:
+    student = {} if mask is None else {"attention_mask": mask}
+    labels = torch.full((size,), -1) if labels is None else labels
+    return Batch(np.zeros((size, 2), np.uint64), 0, student, None, labels, torch.ones(size, dtype=torch.bool))
+
+
+def run_kd(case: Case, given: Inputs) -> Made:
+    return kd(given["student_logits"], given["teacher_logits"], temperature=case["params"]["temperature"]).mean(), {}
+
+
+def run_kd_mix(case: Case, given: Inputs) -> Made:
+    alpha, student = case["params"]["alpha"], given["student_logits"]
+    terms = [
+        Term.model_validate({"loss": "kd", "weight": alpha, "temperature": case["params"]["temperature"]}),
+        Term.model_validate({"loss": "cross_entropy", "weight": 1 - alpha}),
+    ]
+    classes = [str(c) for c in range(student.shape[1])]
+    objective = Objective.build(terms, classes=classes, label_counts=[1] * len(classes))
+    batch = batch_of(len(student), labels=given["labels"])
+    return objective(Outputs(student), Signal(given["teacher_logits"]), batch, progress=0.0, counts=objective.counts(batch))[0], {}
+
+
+def through_hint(student: Tensor, teacher: Tensor, projector: str, weights: Inputs, mask: Tensor | None = None) -> Made:
+    term = Term.model_validate({"loss": "hint", "student": "s", "teacher": "t", "projector": projector})
+    shapes = {"shapes_student": {"s": tuple(student.shape)}, "shapes_teacher": {"t": tuple(teacher.shape)}}
+    objective = Objective.build([term], classes=(), label_counts=(), **shapes).to(student.dtype)
+    parameters = {f"regressor.{name.split('projection.')[-1]}": p for name, p in objective.named_parameters()}
+    assert parameters.keys() == weights.keys()
+    with torch.no_grad():
+        for name, value in weights.items():
+            assert parameters[name].shape == value.shape
+            parameters[name].copy_(value)
+    batch = batch_of(len(student), mask=mask)
+    logits = torch.zeros(len(student), 2, dtype=student.dtype)
+    counts = objective.counts(batch)
+    loss, _ = objective(Outputs(logits, {"s": student}), Signal(None, {"t": teacher}), batch, progress=0.0, counts=counts)
+    return loss, dict(parameters)
+
+
+def run_fitnet(case: Case, given: Inputs) -> Made:
+    if case["variant"] not in ("mse", "convreg") or not case["params"].get("use_relu", True):
+        pytest.skip(f"not built: fitnet {case['variant']} {case['params']}")
+    weights = {k: v for k, v in given.items() if k.startswith("regressor.")}
+    return through_hint(given["student_feat"], given["teacher_feat"], "convreg" if weights else "none", weights)
+
+
+def run_hidden_mse(case: Case, given: Inputs) -> Made:
+    return through_hint(given["student_hidden"], given["teacher_hidden"], "none", {}, given.get("attention_mask"))
+
+
+BUILT: dict[str, Callable[[Case, Inputs], Made]] = {
+    "kd": run_kd,
+    "kd_mix": run_kd_mix,
+    "fitnet": run_fitnet,
+    "hidden_mse": run_hidden_mse,
+}
+
+
+def number(x: Any) -> float | None:
+    return float(x) if isinstance(x, int | float | str) else None
+
+
+def wanted(case: Case) -> tuple[float | None, bool]:
+    """The value to hold (None: any finite one), and whether the stored gradient belongs to it."""
+    expected = case["expected"]
+    if case["role"] in ("do-not-match", "peer-variant"):
+        return next((number(v) for k, v in expected.items() if k.startswith("correct")), None), False
+    value = number(expected.get("loss"))
+    if value is None or not math.isfinite(value):
+        value = next((number(v) for k, v in expected.items() if k.startswith(("correct", "loss_over"))), None)
+    return value, True
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Largest difference within tolerance times the largest magnitude; absolute where that is about 0."""
+    size = float(want.abs().max()) if want.numel() else 0.0
+    allowed = tolerance if size < 10 * tolerance else tolerance * size
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    assert float((got.double() - want.double()).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c["id"] for c in CASES])
+def test_reference(case: Case, tensors: Inputs) -> None:
+    method, role = case["method"], case["role"]
+    if method not in BUILT:
+        pytest.skip(f"not built: {method}")
+    value, has_gradient = wanted(case)
+    if role == "peer-variant" and value is None:
+        pytest.skip(f"not built: {method} ({case['variant']})")
+    # Where inputs are not exact in float32 the README gives no float32 value to hold.
+    settings = [(torch.float64, 1e-9)] + ([(torch.float32, 1e-5)] if case.get("inputs_exact_in_float32") else [])
+    for dtype, tolerance in settings:
+        given = {n: tensors[f"{case['id']}/{n}"] for n in case["tensors"]}
+        given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in given.items()}
+        leaves = {n: x.requires_grad_() for n, x in given.items() if n.startswith("student")}
+        loss, made = BUILT[method](case, given)
+        assert torch.isfinite(loss)
+        if value is not None:
+            close(loss.detach(), torch.tensor(value, dtype=torch.float64), tolerance)
+        names = case["grads"] if has_gradient else list(leaves)
+        gradients = torch.autograd.grad(loss, [{**leaves, **made}[n] for n in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            assert torch.isfinite(gradient).all()
+            stored = tensors.get(f"{case['id']}/grad/{name}") if has_gradient else None
+            if stored is not None and torch.isfinite(stored).all():
+                close(gradient, stored, tolerance)

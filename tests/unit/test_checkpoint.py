@@ -1,0 +1,85 @@
+"""A checkpoint is complete or not there, and nothing on disk is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from limbeck import checkpoint
+
+
+def state(value: float) -> dict[str, object]:
+    return {"a": torch.full((3,), value), "nested": {0: {"m": torch.arange(4)}, "list": [1, (2.5, None), "x"]}, "flag": True}
+
+
+def test_a_tree_comes_back_as_it_was() -> None:
+    skeleton, tensors = checkpoint.pack(state(1.5))
+    found = checkpoint.unpack(skeleton, tensors)
+    assert found["nested"][0]["m"].tolist() == [0, 1, 2, 3]
+    assert found["nested"]["list"] == [1, (2.5, None), "x"]
+    assert found["a"].tolist() == [1.5] * 3
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, state(step))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert found[0] == 3
+    assert found[1]["a"].tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+def test_every_flipped_byte_is_passed_over_for_the_one_before(tmp_path: Path, name: str) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    checkpoint.save(tmp_path, 2, state(2))
+    path = tmp_path / "step-00000002" / name
+    good = path.read_bytes()
+    harmless = 0
+    for i in range(len(good)):
+        path.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
+        said: list[str] = []
+        found = checkpoint.load_newest(tmp_path, said.append)
+        assert found is not None
+        if found[0] == 2:  # a byte of the manifest that nothing is read from
+            assert name == "manifest.json"
+            assert found[1]["a"].tolist() == [2.0] * 3
+            harmless += 1
+        else:
+            assert "step-00000002" in said[0]
+    assert harmless < len(good) / 10
+
+
+def test_truncations_are_passed_over(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    checkpoint.save(tmp_path, 2, state(2))
+    path = tmp_path / "step-00000002" / "state.safetensors"
+    good = path.read_bytes()
+    for length in range(0, len(good), 7):
+        path.write_bytes(good[:length])
+        found = checkpoint.load_newest(tmp_path)
+        assert found is not None
+        assert found[0] == 1
+
+
+def test_left_overs_are_swept_and_never_believed(tmp_path: Path) -> None:
+    left = tmp_path / ".step-00000009.1.tmp"
+    left.mkdir()
+    (left / "state.json").write_text("{}")
+    assert checkpoint.load_newest(tmp_path) is None
+    assert not left.exists()
+
+
+def test_moments_get_the_strides_of_their_parameters() -> None:
+    p = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.AdamW([p])
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    skeleton, tensors = checkpoint.pack(optimizer.state_dict())
+    fresh = torch.optim.AdamW([p])
+    checkpoint.restore_optimizer(fresh, checkpoint.unpack(skeleton, {k: t.contiguous() for k, t in tensors.items()}))
+    assert fresh.state[p]["exp_avg"].stride() == p.stride()
+    assert torch.equal(fresh.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])

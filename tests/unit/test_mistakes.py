@@ -1,0 +1,279 @@
+"""A table of mistakes: exit 2, readable sentences that name the culprit, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+
+from limbeck import cli
+from limbeck._cli_run import call
+
+MODELS = """
+from torch import nn
+
+NUMBER = 3
+
+def net(num_classes=10, width=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+def words(num_classes):
+    return "no module"
+
+def breaks(num_classes):
+    raise RuntimeError("the pipe is blocked")
+"""
+
+GOOD = "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: digits\n"
+TEXTS = "teacher: bert-large\nstudent: bert-base\n"
+DISTILL = ("distill", "--teacher", "python:models.py:net", "--student", "python:models.py:net")
+DIGITS = (*DISTILL, "--data", "digits")
+TRAIN = ("train", "--student", "python:models.py:net")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A command line (and the recipe that it names as ``r.yaml``), and what the message must say."""
+
+    arguments: tuple[str, ...]
+    said: tuple[str, ...]
+    recipe: str = ""
+
+
+def recipe(text: str, *said: str, command: str = "distill", options: tuple[str, ...] = ()) -> Row:
+    return Row((command, "r.yaml", *options), said, text)
+
+
+def line(arguments: tuple[str, ...], *said: str) -> Row:
+    return Row(arguments, said)
+
+
+# Found by the recipe alone.
+READING = {
+    # the file
+    "no recipe": line(("distill", "recipe.yaml"), "recipe.yaml: no such file"),
+    "nearest file": line(("distill", "modles.py"), "no such file", "Did you mean 'models.py'?"),
+    "a folder as recipe": line(("distill", "photos"), "photos", "folder"),
+    "not text": line(("distill", "good.npz"), "good.npz", "UTF-8"),
+    "not YAML": recipe("teacher: [a\nstudent: b\n", "r.yaml, line 2", "not YAML"),
+    "a list": recipe("- teacher\n", "a list", "expected a mapping"),
+    "empty": recipe("", "empty"),
+    "two keys of one name": recipe(GOOD + "seed: 1\nseed: 2\n", "line 5", "'seed' is given twice"),
+    "a tag": recipe(GOOD + "seed: !!python/name:os.system\n", "tags"),
+    "a bomb": recipe("a: &a [x]\n" + "".join(f"b{i}: *a\n" for i in range(99)), "aliases"),
+    # keys
+    "unknown key": recipe(GOOD + "sed: 1\n", "sed: no such key. Did you mean 'seed'?"),
+    "unknown key in a section": recipe(GOOD + "train: {epoch: 1}\n", "train.epoch: no such key. Did you mean 'epochs'?"),
+    "unknown key in data": recipe(TEXTS + "data: {source: csv:good.csv, lable: y}\n", "data.lable", "Did you mean 'label'?"),
+    "unknown augmentation": recipe(GOOD.replace("digits", "{source: digits, augment: {flp: true}}"), "data.augment.flp", "'flip'"),
+    "augment by a wrong name": recipe(GOOD.replace("digits", "{source: digits, augment: standrad}"), "data.augment", "'standard'"),
+    "nothing but a teacher": recipe("teacher: a\n", "student: is missing", "data: is missing"),
+    "no teacher": recipe("student: a\ndata: digits\n", "teacher: is missing", "limbeck train"),
+    "several teachers": recipe(GOOD.replace("teacher: python:models.py:net", "teacher: [a, b]"), "teacher", "one teacher"),
+    "an empty section": recipe(GOOD + "train:\n", "train: got nothing"),
+    # values
+    "words for numbers": recipe(GOOD + "train: {epochs: abc, lr: fast}\n", "2 problems", "train.epochs", "'abc'", "train.lr", "'fast'"),
+    "true for a number": recipe(GOOD + "train: {epochs: true}\n", "train.epochs", "got true"),
+    "yes for true": recipe(GOOD + "export: yes\n", "export.0", "got 'yes'"),
+    "zero epochs": recipe(GOOD + "train: {epochs: 0}\n", "train.epochs", "at least 1"),
+    "half an epoch": recipe(GOOD + "train: {epochs: 0.5}\n", "train.epochs", "whole number"),
+    "a negative rate": recipe(GOOD + "train: {lr: -1e-3}\n", "train.lr", "greater than 0"),
+    "an infinite rate": recipe(GOOD + "train: {lr: .inf}\n", "train.lr"),
+    "no number": recipe(GOOD + "train: {weight_decay: .nan}\n", "train.weight_decay"),
+    "an unknown optimizer": recipe(GOOD + "train: {optimizer: adma}\n", "train.optimizer", "Did you mean 'adam'?"),
+    "an unknown precision": recipe(GOOD + "train: {precision: half}\n", "train.precision", "bf16"),
+    "an unknown device": recipe(GOOD + "train: {device: gpu}\n", "train.device", "cuda:N"),
+    "an unknown export": recipe(GOOD + "export: [onnx, tflite]\n", "export.1", "'tflite'", "torchscript"),
+    "an export twice": recipe(GOOD + "export: [onnx, onnx]\n", "export", "twice"),
+    "warm-up in steps": recipe(GOOD + "train: {warmup: 500}\n", "train.warmup", "less than 1"),
+    "one beta": recipe(GOOD + "train: {betas: [0.9]}\n", "train.betas", "a list of 2"),
+    "more microbatches than samples": recipe(GOOD + "train: {batch_size: 4, accumulate: 8}\n", "train.accumulate", "train.batch_size"),
+    "splits that leave nothing": recipe(GOOD.replace("digits", "{source: digits, test_fraction: 0.9}"), "data.test_fraction"),
+    "more labels than rows": recipe(GOOD.replace("digits", "{source: digits, train_limit: 10, labelled_limit: 20}"), "labelled_limit"),
+    "half types on a CPU": recipe(GOOD + "train: {precision: fp16, device: cpu}\n", "train.precision", "CUDA"),
+    "checkpointing that is not built": recipe(GOOD + "train: {gradient_checkpointing: true}\n", "gradient_checkpointing"),
+    # settings that would be ignored
+    "momentum with adamw": recipe(GOOD + "train: {momentum: 0.9}\n", "train.momentum", "sgd"),
+    "betas with sgd": recipe(GOOD + "train: {optimizer: sgd, betas: [0.9, 0.99]}\n", "train.betas", "adam"),
+    "texts' settings for images": recipe(GOOD.replace("digits", "{source: digits, max_length: 64}"), "data.max_length", "texts"),
+    "images' settings for texts": recipe(TEXTS + "data: {source: csv:good.csv, augment: {mixup: 0.2}}\n", "data.augment", "images"),
+    "two sizes of test data": recipe(GOOD.replace("digits", "{source: npz:good.npz, test: good.npz, test_fraction: 0.5}"), "test_fraction"),
+    "a teacher in train": recipe(GOOD, "teacher", "limbeck distill", command="train"),
+    "a cache in train": recipe("student: a\ndata: digits\nteacher_cache: {views: 2}\n", "teacher_cache", command="train"),
+    "unlabelled data in train": recipe("student: a\ndata: {source: npz:good.npz, unlabelled: good.npz}\n", "unlabelled", command="train"),
+    # objectives
+    "an unknown loss": recipe(GOOD + "objective: [{loss: kdd}]\n", "objective.0.loss", "Did you mean 'kd'?"),
+    "an unknown parameter": recipe(GOOD + "objective: [{loss: kd, temp: 3}]\n", "objective.0.temp", "temperature"),
+    "temperature 0": recipe(GOOD + "objective: [{loss: kd, temperature: 0}]\n", "objective.0.temperature"),
+    "a negative weight": recipe(GOOD + "objective: [{loss: kd, weight: -1}]\n", "objective.0.weight"),
+    "no weight at all": recipe(GOOD + "objective: [{loss: kd, weight: 0}]\n", "objective", "0"),
+    "no term": recipe(GOOD + "objective: []\n", "objective"),
+    "a teacher that nobody asks": recipe(GOOD + "objective: [cross_entropy]\n", "objective", "uses the teacher"),
+    "kd in train": recipe("student: a\ndata: digits\nobjective: [kd]\n", "objective.0.loss", "kd needs a teacher", command="train"),
+    "a broken schedule": recipe(GOOD + "objective: [{loss: kd, weight: {start: 1, stop: 0}}]\n", "weight.stop", "weight.end"),
+    "a hint without layers": recipe(GOOD + "objective: [{loss: hint}]\n", "objective.0", "student", "teacher"),
+    "temp beside an objective": recipe(GOOD + "objective: [kd]\n", "--temp", "objective", options=("--temp", "2")),
+    # models
+    "an unknown kind of model": line((*DISTILL[:4], "torchvison:resnet18", "--data", "digits"), "--student", "'torchvision:'"),
+    "a kind without a name": line((*DISTILL[:4], "timm:", "--data", "digits"), "--student", "without a name"),
+    "python without a callable": line((*DISTILL[:4], "python:models.py", "--data", "digits"), "python:FILE_OR_MODULE:CALLABLE"),
+    "python without a file": line((*DISTILL[:4], "python:modles.py:net", "--data", "digits"), "--student", "'models.py'"),
+    "a run that is not there": line(
+        ("distill", "--teacher", "run:runs/x", "--student", "a", "--data", "digits"), "--teacher", "no such folder"
+    ),
+    "a folder that is no run": line(
+        ("distill", "--teacher", "run:photos", "--student", "a", "--data", "digits"), "--teacher", "not a finished run"
+    ),
+    "an ONNX student": line((*DISTILL[:4], "onnx:a.onnx", "--data", "digits"), "--student", "onnx"),
+    "weights that are not there": recipe(
+        GOOD.replace("net\nd", "net\nd") + "", "student.weights", "no such file", options=("--set", "student.weights=w.safetensors")
+    ),
+    "pickled weights": recipe(GOOD, "student.weights", "limbeck convert", options=("--set", "student.weights=w.pth")),
+    # data
+    "data that are not there": line((*DISTILL, "--data", "npz:god.npz"), "--data", "no such file", "'good.npz'"),
+    "an unknown kind of data": line((*DISTILL, "--data", "cvs:good.csv"), "--data", "Did you mean 'csv'?"),
+    "data without a kind": line((*DISTILL, "--data", "stuff"), "--data", "imagefolder:DIR"),
+    "a file for a folder": line((*DISTILL, "--data", "imagefolder:good.npz"), "--data", "expected a folder"),
+    "a task for other data": line((*DIGITS, "--task", "text-classification"), "task", "digits"),
+    "an unknown task": line((*DIGITS, "--task", "image-clasification"), "--task", "'image-classification'"),
+    "a task that nothing tells": line((*DISTILL, "--data", "hf:org/name"), "task", "--task"),
+    "no test file": recipe(GOOD.replace("digits", "{source: npz:good.npz, test: t.npz}"), "data.test", "no such file"),
+    # options
+    "all at once": line((*DIGITS, "--epochs", "abc", "--lr", "x", "--seeds", "0", "--temp", "-1"), "--epochs", "--lr", "--seeds", "--temp"),
+    "an unknown option": line((*DIGITS, "--epoch", "3"), "--epoch: no such option", "Did you mean '--epochs'?"),
+    "an option without a value": line((*DIGITS, "--epochs"), "--epochs"),
+    "an option for a value": line((*DIGITS, "--lr", "--epochs", "3"), "--lr", "'--epochs'"),
+    "an unknown command": line(("distil",), "Did you mean 'distill'?"),
+    "two recipes": line(("distill", "a.yaml", "b.yaml"), "b.yaml"),
+    "alpha above 1": line((*DIGITS, "--alpha", "1.5"), "--alpha", "at most 1"),
+    "alpha 0": line((*DIGITS, "--alpha", "0"), "--alpha", "limbeck train"),
+    "temperature 0 as an option": line((*DIGITS, "--temp", "0"), "--temp", "greater than 0"),
+    "a teacher for train": line((*TRAIN, "--data", "digits", "--teacher", "x"), "--teacher", "limbeck distill"),
+    "set without a value": line((*DIGITS, "--set", "train.lr"), "--set", "key.path=value"),
+    "set of an unknown key": line((*DIGITS, "--set", "train.epoch=3"), "--set train.epoch", "Did you mean 'epochs'?"),
+    "set inside a number": line((*DIGITS, "--set", "seed.x=3"), "seed"),
+    "set beyond a list": line((*DIGITS, "--set", "objective.7.weight=1"), "objective"),
+    "set twice": line((*DIGITS, "--lr", "1", "--set", "train.lr=2"), "train.lr", "--lr", "twice"),
+    "set of no YAML": line((*DIGITS, "--set", "train.lr=[1"), "--set train.lr", "not a YAML value"),
+    "no seeds": line((*DIGITS, "--seeds", "many"), "--seeds", "'many'"),
+    "a negative seed": line((*DIGITS, "--seed", "-1"), "--seed", "at least 0"),
+    "a file for a run": line((*DIGITS, "--out", "good.csv"), "--out", "file"),
+    "no name for a run": line((*DIGITS, "--out", ""), "--out"),
+    "resume of nothing": line((*DIGITS, "--resume"), "--resume", "--out"),
+    # other commands
+    "evaluate nothing": line(("evaluate", "runs/none"), "no such folder"),
+    "evaluate a folder": line(("evaluate", "photos"), "not a run"),
+    "export in no known format": line(("export", "photos", "--format", "onxx"), "--format", "'onnx'", "not a run"),
+    "report of nothing": line(("report", "a", "b"), "2 problems", "'a'", "'b'"),
+    "report of no run": line(("report",), "RUN"),
+    "convert nothing": line(("convert", "w.pth", "w.safetensors"), "no such file"),
+    "convert into a pickle": line(("convert", "good.npz", "w.pth"), ".safetensors"),
+    "no such loss": line(("losses", "kld"), "no loss 'kld'"),
+    "no such recipe": line(("recipes", "text"), "no recipe 'text'"),
+}
+
+# Found by the data, the models or the run's folder: before the first step, and before anything is written.
+SPINE = {
+    "a folder that is taken": line((*DIGITS, "--out", "photos"), "--out", "not empty"),
+    "resume of another folder": line((*DIGITS, "--out", "photos", "--resume"), "--out", "recipe.yaml"),
+    "no arrays": line((*DISTILL, "--data", "npz:odd.npz"), "train_x"),
+    "a broken npz": line((*DISTILL, "--data", "npz:broken.npz"), "broken.npz"),
+    "a label out of range": line((*DISTILL, "--data", "npz:negative.npz"), "label"),
+    "an empty split": line((*DISTILL, "--data", "npz:empty.npz"), "train"),
+    "no such column": line(("train", "--student", "bert-base", "--data", "csv:good.csv", "--set", "data.text=body"), "body", "text"),
+    "a table without rows": line(("train", "--student", "bert-base", "--data", "csv:header.csv"), "header.csv"),
+    "a folder without images": line((*TRAIN, "--data", "imagefolder:bare"), "bare"),
+    "a corrupt image": line((*TRAIN, "--data", "imagefolder:corrupt"), "broken.png"),
+    "no such callable": line((*DIGITS[:4], "python:models.py:nte", "--data", "digits"), "nte", "'net'"),
+    "not callable": line((*DIGITS[:4], "python:models.py:NUMBER", "--data", "digits"), "NUMBER"),
+    "a callable that gives no module": line((*DIGITS[:4], "python:models.py:words", "--data", "digits"), "words"),
+    "a callable that fails": line((*DIGITS[:4], "python:models.py:breaks", "--data", "digits"), "the pipe is blocked"),
+    "an option that the callable does not take": line((*DIGITS, "--set", "student.options.widht=8"), "widht"),
+    "no such torchvision model": line((*DIGITS[:4], "torchvision:resnet81", "--data", "digits"), "resnet81", "'resnet18'"),
+    "no such timm model": line((*DIGITS[:4], "timm:resnet5O", "--data", "digits"), "resnet5O"),
+    "no such layer": recipe(GOOD + "objective: [{loss: hint, student: '1', teacher: nine}]\n", "nine"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 255, (40, 8, 8), dtype=np.uint8), np.arange(40) % 4
+    arrays = {"train_x": x, "train_y": y, "test_x": x[:8], "test_y": y[:8]}
+    np.savez(tmp_path / "good.npz", **arrays)
+    np.savez(tmp_path / "odd.npz", x=x, y=y)
+    np.savez(tmp_path / "negative.npz", **{**arrays, "train_y": y - 9})
+    np.savez(tmp_path / "empty.npz", **{**arrays, "train_x": x[:0], "train_y": y[:0]})
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:300])
+    (tmp_path / "models.py").write_text(MODELS)
+    (tmp_path / "good.csv").write_text("text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(40)))
+    (tmp_path / "header.csv").write_text("text,label\n")
+    (tmp_path / "w.pth").write_bytes(b"PK")
+    for name in ("photos", "bare/train", "corrupt/train"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "a" / "note.txt").write_text("not a run")
+    for split in ("train", "test"):
+        for name in "ab":
+            at = tmp_path / "corrupt" / split / name
+            at.mkdir(parents=True, exist_ok=True)
+            for i in range(5):
+                (at / f"{i}.png").write_bytes(_png(bytes(rng.integers(0, 255, 8 * 8, dtype=np.uint8))))
+    (tmp_path / "corrupt" / "train" / "a" / "broken.png").write_bytes(_png(bytes(64))[:50])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def _png(pixels: bytes) -> bytes:
+    """An 8 x 8 grey PNG file."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + pixels[i : i + 8] for i in range(0, 64, 8))
+    head = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file and folder, with its content's hash; byte code that Python itself keeps is none of ours."""
+    files = (p for p in sorted(folder.rglob("*")) if "__pycache__" not in p.parts)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder" for p in files}
+
+
+def attempt(row: Row, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if row.arguments[1:2] == ("r.yaml",):
+        (folder / "r.yaml").write_text(row.recipe)
+    before = tree(folder)
+    code = call(typer.main.get_command(cli.app), row.arguments, "limbeck")
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert out == ""
+    flat = " ".join(err.split())
+    for part in row.said:
+        assert part in flat, err
+    assert len(err) < 3000
+    assert not re.search(r"pydantic|ValidationError|<class |object at 0x", err), err
+    assert tree(folder) == before
+
+
+def test_the_table_is_as_long_as_promised() -> None:
+    assert len(READING) + len(SPINE) >= 60
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_mistake_in_a_recipe_or_command_line(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt(READING[name], folder, capsys)
+
+
+@pytest.mark.parametrize("name", SPINE)
+def test_a_mistake_that_the_data_or_the_models_show(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt(SPINE[name], folder, capsys)

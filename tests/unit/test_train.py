@@ -1,0 +1,256 @@
+"""The loop: it divides once, only looks at the teacher, resumes exactly, and stops at the step that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import KD_MIX, Big, Small, made, run_fit, settings, state_bytes, tensors, toy_data
+from torch import nn
+
+from limbeck.engine import Engine
+from limbeck.errors import Interrupted, NonFinite
+from limbeck.models import state_hash, wrap_module
+from limbeck.objective import Objective
+from limbeck.recipe import Term
+from limbeck.teacher import LiveTeacher
+from limbeck.train import Average, cuts, learning_rate
+
+
+class StopAfter:
+    """Asks to leave after ``count`` steps, as a signal would."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def last_line(folder: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line][-1]
+
+
+def test_the_articles_loop_written_plainly_gives_the_same_weights(tmp_path: Path) -> None:
+    data = toy_data(80)
+    student, trained = run_fit(
+        tmp_path,
+        data=data,
+        train=settings(epochs=2, optimizer="adam", lr=1e-4, weight_decay=0.0, schedule="constant", warmup=0.0, clip_norm=None),
+    )
+    x, y = tensors(80)
+    plain, teacher = made(Small, "student"), made(Big, "teacher").eval()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-4)
+    temperature, alpha = 6.0, 0.7
+    from limbeck.data import Plan
+
+    plan = Plan(data.train, seed=3, data_seed=0, epochs=2, batch_size=8, views=None, lengths=None, drop_single=False)
+    plain.train()
+    for step in range(20):
+        rows = data.train.rows[plan.request(step).rows]
+        optimizer.zero_grad()
+        with torch.no_grad():
+            soft = torch.softmax(teacher(x[rows]) / temperature, dim=1)
+        logits = plain(x[rows])
+        kd = nn.KLDivLoss(reduction="batchmean")(torch.log_softmax(logits / temperature, dim=1), soft) * temperature**2
+        (alpha * kd + (1 - alpha) * nn.CrossEntropyLoss()(logits, y[rows])).backward()
+        optimizer.step()
+    assert trained.steps == 20
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(student.module.state_dict()[name], value, rtol=0, atol=1e-9)
+        assert not torch.equal(value, made(Small, "student").state_dict()[name]), "nothing was learned"
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_the_cut_into_microbatches_changes_nothing(tmp_path: Path, accumulate: int) -> None:
+    data = toy_data(30, unlabelled=13)  # 43 rows: the last batch is uneven, and labelled rows fall unevenly into the parts
+    train = settings(batch_size=16, optimizer="sgd", momentum=0.9, clip_norm=None)
+    whole, _ = run_fit(tmp_path / "1", data=data, train=train)
+    cut, _ = run_fit(tmp_path / "n", data=data, train=train.model_copy(update={"accumulate": accumulate}))
+    for name, value in whole.module.state_dict().items():
+        torch.testing.assert_close(cut.module.state_dict()[name], value, rtol=1e-10, atol=1e-12)
+    assert last_line(tmp_path / "1")["loss"] == pytest.approx(last_line(tmp_path / "n")["loss"], rel=1e-9)
+
+
+def test_microbatches_are_nearly_equal_and_never_empty() -> None:
+    for count in range(1, 40):
+        for accumulate in (1, 2, 3, 4, 8):
+            bounds = cuts(count, accumulate)
+            assert [i for start, stop in bounds for i in range(start, stop)] == list(range(count))
+            assert len(bounds) <= accumulate
+            assert all(stop > start for start, stop in bounds)
+
+
+def test_the_teacher_is_only_looked_at(tmp_path: Path) -> None:
+    data = toy_data()
+    module = made(Big, "teacher").train()
+    teacher = LiveTeacher(wrap_module(module, role="teacher", data=data), Engine(torch.device("cpu"), "float64"))
+    before = state_hash(module)
+    run_fit(tmp_path, data=data, teacher=teacher)
+    assert state_hash(module) == before
+    assert all(p.grad is None for p in module.parameters())
+    assert teacher.items == 30 * 3
+    teacher.check_untouched()
+
+
+def test_a_teacher_that_changes_is_found() -> None:
+    data = toy_data()
+    module = made(Big, "teacher")
+    teacher = LiveTeacher(wrap_module(module, role="teacher", data=data), Engine(torch.device("cpu"), "float64"))
+    module.norm.running_mean += 1
+    with pytest.raises(Exception, match="changed while it was only to be looked at"):
+        teacher.check_untouched()
+
+
+@pytest.mark.parametrize("features", ["plain", "dropout, EMA, accumulation, best epoch"])
+def test_a_stop_at_every_step_ends_in_the_same_bytes(tmp_path: Path, features: str) -> None:
+    data = toy_data(80)
+    rich = features != "plain"
+    changes: dict[str, Any] = {"accumulate": 2, "ema": 0.9, "select": "best"} if rich else {}
+    train = settings(**changes)  # 80 rows / 8 x 3 epochs = 30 steps
+    accuracies = iter(range(1000))
+
+    def go(folder: Path, stop: Any = lambda: False) -> tuple[dict[str, bytes], Any]:
+        student = wrap_module(made(Small, "student", dropout=0.3 if rich else 0.0), role="student", data=data)
+        objective = Objective.build(KD_MIX, classes=data.classes, label_counts=np.bincount(data.train.labels))
+        validate = (lambda: {"accuracy": float(next(accuracies) % 2), "nll": 0.0}) if rich else None
+        model, trained = run_fit(folder, data=data, student=student, objective=objective, train=train, stop=stop, validate=validate)
+        return state_bytes(model.module), trained
+
+    expected, whole = go(tmp_path / "whole")
+    assert whole.steps == 30
+    for step in range(1, 31):
+        accuracies = iter(range(1000))
+        folder = tmp_path / f"stopped-{step}"
+        with pytest.raises(Interrupted):
+            go(folder, StopAfter(step - 1))
+        found, trained = go(folder)
+        assert trained.resumed_from == [step]
+        assert found == expected, f"stopped after step {step}"
+        steps = [line["step"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in line]
+        assert steps == list(range(1, 31)), f"the log of the run stopped after step {step}"
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    none, _ = run_fit(tmp_path / "0", workers=0)
+    two, _ = run_fit(tmp_path / "2", workers=2)
+    assert state_bytes(none.module) == state_bytes(two.module)
+
+
+def test_the_global_generator_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run_fit(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_nan_in_the_teacher_stops_at_that_step_and_names_it(tmp_path: Path) -> None:
+    data = toy_data(80)
+    teacher = LiveTeacher(wrap_module(made(Big, "teacher"), role="teacher", data=data), Engine(torch.device("cpu"), "float64"))
+    good = state_bytes(made(Small, "student"))
+    calls = iter(range(100))
+    real = teacher.model.module.forward
+
+    def poisoned(x: torch.Tensor) -> torch.Tensor:
+        logits = real(x)
+        if next(calls) == 5:
+            logits[2, 1] = math.nan
+        return logits
+
+    teacher.model.module.forward = poisoned  # type: ignore[method-assign]
+    with pytest.raises(NonFinite, match=r"Step 5 of the student: the term kd .* the teacher's logits .* sample [0-9a-f]{32}"):
+        run_fit(tmp_path, data=data, teacher=teacher)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    student = wrap_module(made(Small, "student"), role="student", data=data)
+    assert state_bytes(student.module) == good
+
+
+class _BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> torch.Tensor:
+        return gradient[0] * math.inf
+
+
+class Exploding(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(_BadGradient.apply(self.body(x)))
+
+
+def test_an_infinite_gradient_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
+    data = toy_data()
+    module = made(Exploding, "student")
+    before = state_bytes(module)
+    with pytest.raises(NonFinite, match=r"Step 0 of the student: the loss is finite but the gradient of body.weight"):
+        run_fit(tmp_path, data=data, student=wrap_module(module, role="student", data=data))
+    assert state_bytes(module) == before
+
+
+def test_a_hint_trains_its_projection_and_leaves_no_hook(tmp_path: Path) -> None:
+    data = toy_data()
+    terms = [*KD_MIX, Term(loss="hint", weight=1.0, student="body", teacher="norm")]
+    objective = Objective.build(
+        terms, classes=data.classes, label_counts=[1] * 4, shapes_student={"body": (2, 5)}, shapes_teacher={"norm": (2, 16)}
+    )
+    before = {n: p.detach().clone() for n, p in objective.named_parameters()}
+    assert before
+    student, _ = run_fit(tmp_path, data=data, objective=objective)
+    assert all(not torch.equal(before[n].double(), p.detach()) for n, p in objective.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.module.modules())
+
+
+def test_learning_rates_follow_their_formulas() -> None:
+    base = settings(lr=1.0, warmup=0.0)
+    for schedule, at in [
+        ("constant", lambda t: 1.0),
+        ("linear", lambda t: 1 - t),
+        ("cosine", lambda t: (1 + math.cos(math.pi * t)) / 2),
+    ]:
+        s = base.model_copy(update={"schedule": schedule})
+        assert [learning_rate(s, i, 10) for i in range(10)] == pytest.approx([at(i / 10) for i in range(10)])
+    warm = base.model_copy(update={"schedule": "constant", "warmup": 0.4})
+    assert [learning_rate(warm, i, 10) for i in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_one_cycle_is_torchs() -> None:
+    s = settings(lr=0.5, warmup=0.3, schedule="one_cycle")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=101, pct_start=0.3, cycle_momentum=False)
+    found, expected = [], []
+    for step in range(100):
+        found.append(learning_rate(s, step, 101))
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert found == pytest.approx(expected, abs=0.012)  # torch puts the peak at pct_start * total - 1, here it is at pct_start * total
+
+
+def test_the_average_covers_batch_statistics() -> None:
+    module = made(Big, "x")
+    average = Average(module, 0.5)
+    start = module.norm.running_mean.clone()
+    module.norm.running_mean += 1.0
+    for _ in range(3):
+        average.update(10_000)
+    np.testing.assert_allclose(average.values["norm.running_mean"], (start + 1 - 0.5**3).numpy(), rtol=1e-12)
+
+
+def test_no_decay_on_vectors() -> None:
+    from limbeck.train import decay_groups
+
+    decayed, free = decay_groups([made(Big, "x")], 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0.0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in free["params"])
