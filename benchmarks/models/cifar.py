@@ -1,7 +1,7 @@
 """A teacher and a student for CIFAR-10, chosen for what two CPU cores do fast: few, wide layers and early pooling.
 
-On a CPU with bf16 (AVX-512 BF16 or AMX) and channels-last, 3x3 convolutions of 64 channels and more reach several times the float32 rate, while
-thin layers at full resolution are bound by memory. Both models are plain modules, without control flow that depends on data:
+On a CPU with bf16 (AVX-512 BF16 or AMX) and channels-last, 3x3 convolutions of 64 channels and more run at two to three times the float32
+rate, while thin layers at full resolution are bound by memory. Both models are plain modules, without control flow that depends on data:
 
     python:../benchmarks/models/cifar.py:teacher      about 240 MFLOPs an image, 2.0 M parameters
     python:../benchmarks/models/cifar.py:student      about  11 MFLOPs an image, 0.1 M parameters
@@ -20,10 +20,10 @@ __all__ = ["student", "teacher"]
 class PatchWhitening(nn.Module):
     """2x2 patches, decorrelated and brought to unit variance by a fixed linear map; then the same with the sign changed.
 
-    A network starts from well-conditioned inputs instead of having to learn them (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU",
-    arXiv 2404.00498, takes the eigenvectors of the patches' covariance). For natural images those are very nearly the products of a colour axis
-    (sum, red - blue, red + blue - 2 green) and a Haar pattern (mean, vertical, horizontal, diagonal), so they can be written down. The twelve
-    standard deviations were measured on the 50,000 training images; they are the only numbers here that come from data.
+    A network starts from well-conditioned inputs instead of having to learn them. Jordan 2024 ("94% on CIFAR-10 in 3.29 seconds on a single
+    GPU", arXiv 2404.00498) takes the eigenvectors of the patches' covariance. For natural images those are very nearly the products of a
+    colour axis (sum, red - blue, red + blue - 2 green) and a Haar pattern (mean, vertical, horizontal, diagonal), so they can be written
+    down. The twelve standard deviations were measured on 5,000 training images; they are the only numbers here that come from data.
 
     (B, 3, H, W) -> (B, 24, H - 1, W - 1)
     """

@@ -24,8 +24,12 @@ USAGE, BUG, INTERRUPTED = 2, 1, 130
 def call(command: Any, arguments: Sequence[str], program: str) -> int:
     """Runs a click command; returns the exit code of the process. Bugs pass through with their traceback, unless --json asks for JSON."""
     as_json = "--json" in arguments
+    arguments = list(arguments) or ["--help"]
+    if arguments[0] in command.commands:
+        # Straight to it: the way through the group makes some versions of typer import pydantic, for --help too.
+        command, program, arguments = command.commands[arguments[0]], f"{program} {arguments[0]}", arguments[1:]
     try:
-        result = command.main(args=list(arguments), prog_name=program, standalone_mode=False)
+        result = command.main(args=arguments, prog_name=program, standalone_mode=False, help_option_names=["-h", "--help"])
         if result == INTERRUPTED:  # how newer versions of typer tell of Ctrl-C
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0

@@ -279,3 +279,13 @@ def _cuda_devices() -> int:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def differences(a: Any, b: Any, path: str) -> list[str]:
+    """``train.lr: 0.001 -> 0.01`` for every difference of two plain values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [line for k in keys for line in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, f"{path}.{i}")]
+    return [] if a == b and type(a) is type(b) else [f"{path}: {shown(a, 300)} -> {shown(b, 300)}"]

@@ -161,3 +161,30 @@ def _put(data: dict[str, Any], path: str, value: Any) -> str:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def expand_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy with the short forms written out: ``teacher: NAME``, ``data: SOURCE``, ``export: onnx``, ``objective: [kd]``."""
+    plain = copy.deepcopy(dict(data))
+    for section, key in (("teacher", "model"), ("student", "model"), ("data", "source")):
+        if isinstance(plain.get(section), str):
+            plain[section] = {key: plain[section]}
+    for name in ("export", "track"):
+        if isinstance(plain.get(name), str):
+            plain[name] = [plain[name]]
+    if isinstance(plain.get("objective"), list):
+        plain["objective"] = [{"loss": term} if isinstance(term, str) else term for term in plain["objective"]]
+    return plain
+
+
+def without_nulls(plain: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """Without the keys that are null because they do not apply."""
+    result = dict(plain)
+    for path in keys:
+        section, _, name = path.partition(".")
+        if not name:
+            if result.get(section, "") is None:
+                del result[section]
+        elif isinstance(result.get(section), dict) and result[section].get(name, "") is None:
+            result[section] = {k: v for k, v in result[section].items() if k != name}
+    return result

@@ -93,7 +93,7 @@ def _model(found: _Answers, truth: Ints, support: Ints) -> dict[str, Any]:
     known = found.predicted >= 0
     confidence, right = found.confidence[known], found.right[known]
     # Bins are closed on the right, as in the published code: confidence 1.0 belongs to the last one.
-    where = np.clip(np.round(confidence * BINS).astype(np.int64), 0, BINS - 1)
+    where = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     count = np.bincount(where, minlength=BINS)
     correct = np.bincount(where, weights=right, minlength=BINS)
     total = np.bincount(where, weights=confidence, minlength=BINS)

@@ -19,12 +19,10 @@ from limbeck.errors import Problem, UsageError, listed, nearest
 __all__ = ["app", "main"]
 
 EXPORTS = ("onnx", "torchscript", "pt2")
-_CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="limbeck",
     help="Knowledge distillation: teacher in, deployable student out, with the proof of what the teacher bought.",
-    context_settings=_CONTEXT,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -76,13 +74,11 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
+@app.callback()
 def _top(
-    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+    """Options of the program itself; the commands follow."""
 
 
 @app.command()

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def convert(source: Path, target: Path, *, key: str | None = None) -> dict[str, 
     """Read the tensors of a PyTorch checkpoint and write them as safetensors; prints what was found.
 
     source: ``.pt``, ``.pth``, ``.bin`` or ``.ckpt``, or the ``.bin.index.json`` of a checkpoint in several files. target: a new
-    ``.safetensors`` file, written atomically. key: where the weights are in a checkpoint that holds several sets, ``"model_ema"`` or, deeper,
-    ``"ema/model"``.
+    ``.safetensors`` file, written atomically. key: where the weights are in a checkpoint that holds several sets, ``"model_ema"`` or,
+    deeper, ``"ema/model"``.
 
     The file is read with ``torch.load(weights_only=True)``. A wrapper (``{"state_dict": ...}``, ``{"model": ..., "optimizer": ...}``) is
     opened where exactly one set of weights is inside, and a prefix ``module.`` or ``_orig_mod.`` that every name has is taken off (for a
@@ -43,8 +44,8 @@ def convert(source: Path, target: Path, *, key: str | None = None) -> dict[str, 
     notes: list[str] = []
     if _torch_version() < FIRST_SAFE_TORCH:
         notes.append(
-            f"PyTorch {torch.__version__} has known holes in reading pickles, weights_only or not (CVE-2025-32434 below 2.6, CVE-2026-24747 "
-            "below 2.10): convert only a file whose origin you trust, or upgrade PyTorch first."
+            f"PyTorch {torch.__version__} has a known hole in reading pickles, also with weights_only (CVE-2026-24747, closed in 2.10): "
+            "convert only a file whose origin you trust, or upgrade PyTorch first."
         )
         print(f"warning: {notes[0]}", file=sys.stderr)
     loaded = _read_shards(source) if source.name.endswith(".json") else _read(source)
@@ -77,7 +78,9 @@ def convert(source: Path, target: Path, *, key: str | None = None) -> dict[str, 
 def _check_paths(source: Path, target: Path) -> None:
     problems = []
     if source.is_dir():
-        inside = sorted(p.name for p in source.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt") or p.name.endswith(".bin.index.json"))
+        inside = sorted(
+            p.name for p in source.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt") or p.name.endswith(".bin.index.json")
+        )
         hint = f"It holds {listed(inside)}." if inside else ""
         problems.append(Problem(str(source), "is a folder; name the checkpoint file in it.", hint))
     elif not source.exists():
@@ -101,21 +104,27 @@ def _torch_version() -> tuple[int, ...]:
 
 def _read(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"(?:class|type|function) ([\w.]+)", str(error))
         what = f" ({found.group(1)})" if found else ""
         raise UsageError(
             Problem(
                 str(path),
-                f"holds Python objects{what} and not only tensors, or is no PyTorch file; reading such objects would run code from the file.",
+                f"holds Python objects{what} and not only tensors, or is no PyTorch file; reading such objects would run its code.",
                 "Where the file comes from, save the weights alone: torch.save(model.state_dict(), PATH)",
             )
         ) from error
     except Exception as error:
         if "TorchScript" in str(error):
             raise UsageError(
-                Problem(str(path), "is a TorchScript program and not a file of weights.", "Save the weights alone: torch.save(model.state_dict(), PATH)")
+                Problem(
+                    str(path),
+                    "is a TorchScript program and not a file of weights.",
+                    "Save the weights alone: torch.save(model.state_dict(), PATH)",
+                )
             ) from error
         if isinstance(error, MemoryError):
             raise
@@ -159,7 +168,9 @@ def _find(loaded: Any, source: Path, key: str | None) -> tuple[str, Mapping[str,
     if key is not None:
         return key, _at(loaded, source, key)
     if not isinstance(loaded, Mapping):
-        raise UsageError(Problem(where, f"holds {_kind(loaded)} and not named tensors.", "Save the weights as torch.save(model.state_dict(), PATH)"))
+        raise UsageError(
+            Problem(where, f"holds {_kind(loaded)} and not named tensors.", "Save the weights as torch.save(model.state_dict(), PATH)")
+        )
     found = list(_states(loaded))
     if len(found) == 1:
         return found[0]
@@ -170,7 +181,11 @@ def _find(loaded: Any, source: Path, key: str | None) -> tuple[str, Mapping[str,
     tensors = sum(isinstance(v, Tensor) for v in loaded.values())
     if not loaded:
         raise UsageError(Problem(where, "is empty."))
-    raise UsageError(Problem(where, f"has {tensors} tensors at its top level and beside them what is no tensor: {listed(others)}.", "Save the weights alone."))
+    raise UsageError(
+        Problem(
+            where, f"has {tensors} tensors at its top level and beside them what is no tensor: {listed(others)}.", "Save the weights alone."
+        )
+    )
 
 
 def _at(loaded: Any, source: Path, key: str) -> Mapping[str, Tensor]:
@@ -212,7 +227,11 @@ def _without_prefix(state: Mapping[str, Tensor], *, lightning: bool) -> tuple[di
 
 
 def _plain_tensors(state: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    odd = [f"'{n}' ({'quantised' if t.is_quantized else str(t.layout)})" for n, t in state.items() if t.is_quantized or t.layout != torch.strided]
+    odd = [
+        f"'{n}' ({'quantised' if t.is_quantized else str(t.layout)})"
+        for n, t in state.items()
+        if t.is_quantized or t.layout != torch.strided
+    ]
     odd += [f"'{n}' ({t.dtype})" for n, t in state.items() if t.is_complex()]
     odd += [f"'{n}' (without data)" for n, t in state.items() if t.device.type == "meta"]
     if odd:

@@ -6,7 +6,6 @@ merges a file with options, :func:`build_recipe` judges plain values; both tell 
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -288,15 +287,14 @@ def build_recipe(data: Mapping[str, Any], *, command: Command, where: str = "rec
     where the data tell it, and the objective (for ``train`` cross entropy). Raises :class:`RecipeError` with all problems.
     """
     plain = _expand(data, command)
-    schema = Recipe.model_json_schema()
     value = _reader(plain)
-    dropped = _without_nulls(plain, check.not_applying(plain, value, command))
+    dropped = merging.without_nulls(plain, check.not_applying(plain, value, command))
     problems: list[Problem] = []
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(dropped)
     except ValidationError as error:
-        problems += check.schema_problems(error.errors(), dropped, schema)
+        problems += check.schema_problems(error.errors(), dropped, Recipe.model_json_schema())
     further = [*check.recipe_problems(plain, value, command), *_objective_problems(plain, command)]
     told = {p.where for p in further}  # these know more about a key than its type
     if "data.source" in told:
@@ -321,7 +319,7 @@ def load_recipe(path: Path | None, options: Mapping[str, Any], sets: Sequence[st
     base = here if path is None else path.resolve().parent
     where = "command line" if path is None else str(path)
     try:
-        data = {} if path is None else _expand_names(read_yaml(path))
+        data = {} if path is None else merging.expand_names(read_yaml(path))
     except UsageError as error:
         raise UsageError([*error.problems, *_option_problems(options, sets, command)]) from None
     merged, spelt, problems = merging.merge(data, options, sets, command)
@@ -367,7 +365,7 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """``train.lr: 0.001 -> 0.01`` for every key in which two recipes differ, in the order of the recipe."""
-    return _differences(a.model_dump(mode="json"), b.model_dump(mode="json"), "")
+    return check.differences(a.model_dump(mode="json"), b.model_dump(mode="json"), "")
 
 
 def json_schema() -> dict[str, Any]:
@@ -411,22 +409,8 @@ def _allow_null(schema: dict[str, Any], path: str) -> None:
         holder["properties"][key] = {"anyOf": [held, {"type": "null"}]}
 
 
-def _expand_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy with the short forms written out: ``teacher: NAME``, ``data: SOURCE``, ``export: onnx``, ``objective: [kd]``."""
-    plain = copy.deepcopy(dict(data))
-    for section, key in (("teacher", "model"), ("student", "model"), ("data", "source")):
-        if isinstance(plain.get(section), str):
-            plain[section] = {key: plain[section]}
-    for name in ("export", "track"):
-        if isinstance(plain.get(name), str):
-            plain[name] = [plain[name]]
-    if isinstance(plain.get("objective"), list):
-        plain["objective"] = [{"loss": term} if isinstance(term, str) else term for term in plain["objective"]]
-    return plain
-
-
 def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
-    plain = _expand_names(data)
+    plain = merging.expand_names(data)
     if plain.get("objective") is None:
         plain["objective"] = merging.default_objective(None, None) if command == "distill" else [{"loss": "cross_entropy", "weight": 1.0}]
     source = check.look(plain, "data.source")
@@ -456,19 +440,6 @@ def _reader(plain: Mapping[str, Any]) -> Any:
         return check.look(defaults, path) if found is check.MISSING or found is None else found
 
     return value
-
-
-def _without_nulls(plain: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """Without the keys that are null because they do not apply."""
-    result = dict(plain)
-    for path in keys:
-        section, _, name = path.partition(".")
-        if not name:
-            if result.get(section, "") is None:
-                del result[section]
-        elif isinstance(result.get(section), dict) and result[section].get(name, "") is None:
-            result[section] = {k: v for k, v in result[section].items() if k != name}
-    return result
 
 
 def _without_defaults(recipe: Recipe) -> dict[str, Any]:
@@ -518,12 +489,3 @@ def _respelt(problem: Problem, spelt: Mapping[str, str]) -> Problem:
         return problem
     rest = problem.where.removeprefix(key)
     return Problem(f"{spelt[key]}{rest}", problem.message, problem.hint)
-
-
-def _differences(a: Any, b: Any, path: str) -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [*a, *(k for k in b if k not in a)]
-        return [line for k in keys for line in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in _differences(x, y, f"{path}.{i}")]
-    return [] if a == b and type(a) is type(b) else [f"{path}: {check.shown(a, 300)} -> {check.shown(b, 300)}"]

@@ -326,6 +326,7 @@ def test_seeds_are_shown_with_their_spread_and_the_parent_borrows_from_the_best_
     assert f"± {100 * np.std(accuracies, ddof=1):.2f}" in found.words
     assert metrics["best_seed"] == 1
     best = json.loads((parent / "seed-1" / "analysis.json").read_text())
+    assert "Of the run with seed 1, the best on validation." in found.words
     assert f"different answers to {best['samples']['disagree']} of 600" in found.words
 
 

@@ -54,7 +54,7 @@ def spine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["recipes"], ["--version"], []])
+    @pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["train", "-h"], ["--version"], []])
     def test_nothing_heavy_is_imported(self, arguments: list[str], tmp_path: Path) -> None:
         code = (
             "import sys\nfrom limbeck.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"

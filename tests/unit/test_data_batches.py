@@ -122,6 +122,14 @@ def test_resizing_is_torchvisions(size: tuple[int, int], shorter: int | None, in
     torch.testing.assert_close(got, torch.stack([pipeline(Image.fromarray(x)) for x in raw]), atol=2e-6, rtol=0)
 
 
+def test_a_random_box_is_resized_whole() -> None:
+    split = images(5, (40, 60))
+    augment = Augment(resized_crop=(0.3, 0.6))
+    sized = {s: ImagePreprocessing(3, (0.0,) * 3, (1.0,) * 3, height=16, width=16, resize_shorter=s) for s in (None, 18)}
+    first, second = (BatchBuilder(split, student=p, augment=augment, num_classes=3)(whole(split)).student["image"] for p in sized.values())
+    assert torch.equal(first, second)
+
+
 def test_channels_are_repeated_or_made_grey_as_pillow_does() -> None:
     from PIL import Image
 
@@ -268,10 +276,9 @@ class Failing:
 def test_errors_and_early_ends_stop_the_thread() -> None:
     requests = [Request(s, 0, 0, np.arange(2)) for s in range(50)]
     for error in (LimbeckError("cat.png changed"), ZeroDivisionError("a bug")):
-        seen = []
+        seen: list[int] = []
         with pytest.raises(type(error)) as e:
-            for request, _ in stream(Failing(error), requests, workers=0):
-                seen.append(request.step)
+            seen.extend(request.step for request, _ in stream(Failing(error), requests, workers=0))
         assert e.value is error
         assert seen == [0, 1]
     batches = stream(BatchBuilder(images(), student=PLAIN, num_classes=3), iter(requests), workers=0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from limbeck.data import data_from_python
 from limbeck.data.batches import BatchBuilder, Request
 from limbeck.data.ids import array_ids
 from limbeck.data.randaugment import OPERATIONS
 from limbeck.data.sources import ArrayImages, ImageList
 from limbeck.data.splits import Split
-from limbeck.data.views import Partners, beta, check_augment, image_views
+from limbeck.data.views import Partners, augmentation, beta, check_augment, image_views
 from limbeck.errors import UsageError
 from limbeck.recipe import Augment
 from limbeck.types import ImagePreprocessing, TensorPreprocessing
@@ -219,3 +220,19 @@ def test_what_has_no_effect_is_refused() -> None:
     check_augment(Augment(mixup=0.2), "tensor")
     with pytest.raises(UsageError, match="takes tensor inputs"):
         BatchBuilder(split_of(images()), student=TensorPreprocessing((3,)), num_classes=3)
+
+
+def test_standard_means_what_suits_the_data() -> None:
+    def standard(*shape: int) -> Augment | None:
+        x = np.random.default_rng(0).integers(0, 256, (20, *shape), dtype=np.uint8)
+        return augmentation("standard", data_from_python(task="image-classification", train=(x, np.arange(20) % 2)))
+
+    assert standard(8, 8, 1) == Augment(crop=1)
+    assert standard(32, 32, 3) == Augment(crop=4, flip=True)
+    assert standard(64, 48, 3) == Augment(resized_crop=(0.25, 1.0), flip=True)
+    texts = data_from_python(task="text-classification", train=([f"t{i}" for i in range(20)], np.arange(20) % 2))
+    assert augmentation("standard", texts) is None
+    assert augmentation("none", texts) is None
+    assert augmentation(Augment(), texts) is None
+    with pytest.raises(UsageError, match="kind text"):
+        augmentation(Augment(flip=True), texts)

@@ -132,9 +132,7 @@ READING = {
         ("distill", "--teacher", "run:photos", "--student", "a", "--data", "digits"), "--teacher", "not a finished run"
     ),
     "an ONNX student": line((*DISTILL[:4], "onnx:a.onnx", "--data", "digits"), "--student", "onnx"),
-    "weights that are not there": recipe(
-        GOOD.replace("net\nd", "net\nd") + "", "student.weights", "no such file", options=("--set", "student.weights=w.safetensors")
-    ),
+    "weights that are not there": recipe(GOOD, "student.weights", "no such file", options=("--set", "student.weights=w.safetensors")),
     "pickled weights": recipe(GOOD, "student.weights", "limbeck convert", options=("--set", "student.weights=w.pth")),
     # data
     "data that are not there": line((*DISTILL, "--data", "npz:god.npz"), "--data", "no such file", "'good.npz'"),
@@ -173,7 +171,7 @@ READING = {
     "export in no known format": line(("export", "photos", "--format", "onxx"), "--format", "'onnx'", "not a run"),
     "report of nothing": line(("report", "a", "b"), "2 problems", "'a'", "'b'"),
     "report of no run": line(("report",), "RUN"),
-    "convert nothing": line(("convert", "w.pth", "w.safetensors"), "no such file"),
+    "convert nothing": line(("convert", "v.pth", "w.safetensors"), "no such file", "Did you mean 'w.pth'?"),
     "convert into a pickle": line(("convert", "good.npz", "w.pth"), ".safetensors"),
     "no such loss": line(("losses", "kld"), "no loss 'kld'"),
     "no such recipe": line(("recipes", "text"), "no recipe 'text'"),
@@ -225,7 +223,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             at.mkdir(parents=True, exist_ok=True)
             for i in range(5):
                 (at / f"{i}.png").write_bytes(_png(bytes(rng.integers(0, 255, 8 * 8, dtype=np.uint8))))
-    (tmp_path / "corrupt" / "train" / "a" / "broken.png").write_bytes(_png(bytes(64))[:50])
+    (tmp_path / "corrupt" / "train" / "a" / "broken.png").write_bytes(_png(bytes(range(64)))[:80])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path

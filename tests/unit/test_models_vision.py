@@ -213,6 +213,41 @@ def test_the_hash_sees_names_dtypes_shapes_and_values_and_not_a_look() -> None:
     assert state_hash(nn.Sequential(nn.Linear(1, 2, bias=False))) != state_hash(nn.Sequential(nn.Linear(2, 1, bias=False)))
 
 
+def test_the_hash_does_not_depend_on_the_order_of_declaration() -> None:
+    first, second = nn.Module(), nn.Module()
+    a, b = nn.Linear(2, 3), nn.Linear(3, 2)
+    first.a, first.b = a, b
+    second.b, second.a = b, a
+    assert state_hash(first) == state_hash(second)
+
+
+class Counting(nn.Module):
+    """Writes to a buffer in every forward pass, and fails where it is not in eval mode or a gradient could flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        return self.head(x)
+
+
+def test_a_look_is_in_eval_mode_and_leaves_buffers() -> None:
+    net = Counting().train()
+    model = wrap_module(net, role="student", data=floats())
+    describe(model, {"x": torch.zeros(2, 6)})
+    assert net.training
+    assert float(net.calls) == 0
+    with pytest.raises(UsageError, match="cannot read"):
+        wrap_module(net, role="student", data=floats((5,)))
+    assert net.training
+    assert float(net.calls) == 0
+
+
 def test_describe_counts_by_hand_and_leaves_everything() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 64, 5))
     net.train()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from limbeck.data.ids import Ids, groups
 from limbeck.data.labels import ClassSet, Labels, choose_classes, encode
-from limbeck.data.sources import ArrayImages, DatasetSamples, EncodedImages, FileImages, Joined, Kind, Raw, Source
+from limbeck.data.sources import DatasetSamples, EncodedImages, FileImages, Joined, Kind, Raw, Source
 from limbeck.errors import Problem, UsageError, listed
 from limbeck.randomness import uniform
 from limbeck.types import UNLABELLED
@@ -374,10 +374,3 @@ def preview(source: Source, row: int, size: int) -> npt.NDArray[np.uint8]:
         return source.preview(row, size)
     raw: Any = source.read(np.array([row]))
     return raw[0]  # type: ignore[no-any-return]
-
-
-def is_array(source: Source) -> bool:
-    """Images of one size in memory."""
-    if isinstance(source, Joined):
-        return all(is_array(s) for s in source.sources)
-    return isinstance(source, ArrayImages)

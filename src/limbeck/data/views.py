@@ -14,8 +14,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from limbeck.data.ids import Ids
 from limbeck.data.randaugment import randaugment
-from limbeck.data.sources import Joined, Kind, Source
-from limbeck.data.splits import Data, is_array
+from limbeck.data.sources import Kind
+from limbeck.data.splits import Data
 from limbeck.errors import Problem, UsageError
 from limbeck.randomness import mix, seed_for, uniform
 from limbeck.recipe import Augment
@@ -45,7 +45,7 @@ def augmentation(setting: Literal["none", "standard"] | Augment, data: Data) -> 
     if setting == "standard":
         if data.kind != "image":
             return None
-        flip = data.channels > 1 or not is_array(_plain(data.train.source))
+        flip = data.channels > 1  # grey arrays are often digits and letters, and a mirrored one is another
         if data.image_size is not None and max(data.image_size) <= _SMALL:
             return Augment(crop=max(1, data.image_size[0] // 8), flip=flip)
         return Augment(resized_crop=(0.25, 1.0), flip=flip)
@@ -78,10 +78,6 @@ def check_augment(setting: Augment, kind: Kind, channels: int = 3) -> None:
         raise UsageError(problems)
 
 
-def _plain(source: Source) -> Source:
-    return source.sources[0] if isinstance(source, Joined) else source
-
-
 def image_views(raw: Pixels | list[Pixels], ids: Ids, view: int, augment: Augment, data_seed: int) -> Pixels | list[Pixels]:
     """The views of raw images, at their own geometry (a resized crop: cropped only; the models resize it).
 
@@ -98,7 +94,8 @@ def image_views(raw: Pixels | list[Pixels], ids: Ids, view: int, augment: Augmen
         images = _crop(images, uniform(ids, 2, data_seed, "crop", view), augment.crop)
     if augment.flip:
         turned = uniform(ids, 1, data_seed, "flip", view)[:, 0] < 0.5
-        images = np.where(turned[:, None, None, None], images[:, :, ::-1], images)
+        images = images.copy()
+        images[turned] = images[turned, :, ::-1]
     if augment.randaugment is not None:
         count, magnitude = augment.randaugment
         draws = uniform(ids, 2 * count, data_seed, "randaugment", view)
@@ -110,11 +107,12 @@ def image_views(raw: Pixels | list[Pixels], ids: Ids, view: int, augment: Augmen
 
 def _crop(images: Pixels, draws: Floats, pad: int) -> Pixels:
     """Zero-padded by ``pad`` on each side, then cut back to the old size at a random place."""
-    _, height, width, _ = images.shape
-    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    windows = sliding_window_view(padded, (height, width), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)
+    count, height, width, channels = images.shape
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))).reshape(count, height + 2 * pad, -1)
     at = (draws * (2 * pad + 1)).astype(np.int64)
-    cut: Pixels = windows[np.arange(len(images)), at[:, 0], at[:, 1]]
+    # rows of pixels lie together, so that a window is a few long copies
+    windows = sliding_window_view(padded, (height, width * channels), axis=(1, 2))
+    cut: Pixels = windows[np.arange(count), at[:, 0], at[:, 1] * channels].reshape(images.shape)
     return cut
 
 

@@ -60,7 +60,9 @@ def export_model(
     names = list(dict.fromkeys(formats))
     unknown = [n for n in names if n not in FORMATS]
     if unknown:
-        raise UsageError(Problem("export", f"'{n}' is not a format; there are {listed(list(FORMATS))}.", nearest(n, FORMATS)) for n in unknown)
+        raise UsageError(
+            Problem("export", f"'{n}' is not a format; there are {listed(list(FORMATS))}.", nearest(n, FORMATS)) for n in unknown
+        )
     for name in names:
         FORMATS[name].require()
     if not names:
@@ -94,7 +96,7 @@ def _write_checked(name: str, job: Job, expected: Sequence[Logits], folder: Path
     for stale in (record_path, final, final.with_name(f"{final.name}.data")):
         stale.unlink(missing_ok=True)  # an older file is of another student, for all that is known here
     tried: list[dict[str, str]] = []
-    parity_failure: str | None = None
+    parity_failure: tuple[int, str] | None = None
     for exporter, write in form.writers():
         work = folder / f".{final.name}.{os.getpid()}.tmp"
         shutil.rmtree(work, ignore_errors=True)
@@ -127,11 +129,10 @@ def _write_checked(name: str, job: Job, expected: Sequence[Logits], folder: Path
         tried.append({"exporter": exporter, "error": outcome if isinstance(outcome, str) else str(outcome)})
         if isinstance(outcome, Parity):
             hint = f" While it was traced, PyTorch warned: {job.warned[-1]}" if job.warned else ""
-            parity_failure = f"{final.name} does not answer as the trained student does: {outcome}. No file was kept.{hint}"
-    others = "".join(f" (Exporter '{t['exporter']}' before it: {t['error']})" for t in tried[:-1])
-    if parity_failure is not None:
-        raise ParityFailed(parity_failure + others)
-    raise ExportFailed(f"The student could not be written as {name}: {tried[-1]['error']}{others}")
+            parity_failure = len(tried) - 1, f"{final.name} does not answer as the trained student does: {outcome}. No file was kept.{hint}"
+    told, message = parity_failure or (len(tried) - 1, f"The student could not be written as {name}: {tried[-1]['error']}")
+    others = "".join(f" (Exporter '{t['exporter']}': {t['error']})" for i, t in enumerate(tried) if i != told)
+    raise (ParityFailed if parity_failure else ExportFailed)(message + others)
 
 
 def _attempt(

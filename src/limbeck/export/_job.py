@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning  # type: ignore[attr-defined, unused-ignore]
 
 from limbeck.errors import Stopped
 from limbeck.types import ImagePreprocessing, Inputs, Preprocessing, TextPreprocessing
@@ -234,7 +235,9 @@ def quiet(job: Job | None = None) -> Iterator[None]:
     before = logging.root.manager.disable
     sink = io.StringIO()
     # The tracer's failures print the whole graph from C++, whatever `verbose` says.
-    native_log = patch.object(torch._C, "_jit_onnx_log", lambda *graph: None) if hasattr(torch._C, "_jit_onnx_log") else contextlib.nullcontext()
+    native_log = (
+        patch.object(torch._C, "_jit_onnx_log", lambda *graph: None) if hasattr(torch._C, "_jit_onnx_log") else contextlib.nullcontext()
+    )
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink), native_log:
         warnings.simplefilter("always")
         logging.disable(logging.CRITICAL)
@@ -243,7 +246,7 @@ def quiet(job: Job | None = None) -> Iterator[None]:
         finally:
             logging.disable(before)
             if job is not None:
-                job.warned[:] = [brief(w.message) for w in caught if issubclass(w.category, torch.jit.TracerWarning)]
+                job.warned[:] = [brief(w.message) for w in caught if issubclass(w.category, TracerWarning)]
 
 
 def brief(error: BaseException | Warning | str, limit: int = 400) -> str:

@@ -70,7 +70,10 @@ def _dynamo(job: Job, path: Path) -> None:
     shapes = (tuple(dict.fromkeys(axis, hint) for axis in job.axes),)
     source: torch.nn.Module | torch.export.ExportedProgram = job.module
     if not _mature():  # its translation of batch normalisation is broken, so it gets the arithmetic instead
-        program = torch.export.export(job.module, job.example, dynamic_shapes=shapes, strict=False)
+        try:
+            program = torch.export.export(job.module, job.example, dynamic_shapes=shapes, strict=False)
+        except Exception:  # reading the bytecode keeps sizes free that tracing made constant
+            program = torch.export.export(job.module, job.example, dynamic_shapes=shapes, strict=True)
         source = program.run_decompositions({torch.ops.aten._native_batch_norm_legit_no_training.default: _batch_norm})
     torch.onnx.export(
         source,

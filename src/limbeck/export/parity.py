@@ -90,8 +90,8 @@ def student_logits(model: Model, job: Job) -> list[Logits]:
     difference, tolerance = _difference(answers[-1], again), RELATIVE_TOLERANCE * max(1.0, _largest(answers))
     if difference > tolerance:
         raise Stopped(
-            f"The student cannot be exported: in eval mode it gives other logits when it is asked the same twice (difference {difference:.3g}). "
-            "Something random is active in its forward pass, such as a dropout that ignores eval mode."
+            f"The student cannot be exported: in eval mode it gives other logits when it is asked the same twice "
+            f"(difference {difference:.3g}). Something random is active in its forward pass, such as a dropout that ignores eval mode."
         )
     return answers
 
@@ -153,7 +153,7 @@ def _agreed(wanted: Logits, got: Logits, tolerance: float) -> int:
 
 
 def latency(run: Runner, single: tuple[Tensor, ...], *, seconds: float = 1.0, runs: int = 200) -> dict[str, float]:
-    """Milliseconds of one call on one sample: {"p50", "p95"} over up to ``runs`` calls or ``seconds`` (at least 20 calls), after a warm-up."""
+    """Milliseconds of one call on one sample, after a warm-up: {"p50", "p95"} over 20 to ``runs`` calls in about ``seconds``."""
     for _ in range(WARM_UP):
         run(single)
     times: list[float] = []

@@ -24,7 +24,10 @@ def require() -> None:
 
 def writers() -> tuple[tuple[str, Callable[[Job, Path], None]], ...]:
     """Tracing the module as it runs, which Hugging Face models need; then reading its bytecode, which keeps more sizes free."""
-    return (("export", lambda job, path: _write(job, path, strict=False)), ("export-strict", lambda job, path: _write(job, path, strict=True)))
+    return (
+        ("export", lambda job, path: _write(job, path, strict=False)),
+        ("export-strict", lambda job, path: _write(job, path, strict=True)),
+    )
 
 
 def _write(job: Job, path: Path, *, strict: bool) -> None:

@@ -28,13 +28,13 @@ def writers() -> tuple[tuple[str, Callable[[Job, Path], None]], ...]:
 
 
 def _write(job: Job, path: Path) -> None:
-    traced = torch.jit.trace(job.module, job.example, check_trace=False, strict=False)
+    traced = torch.jit.trace(job.module, job.example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
     torch.jit.save(traced, str(path), _extra_files={f"{k}.json": v for k, v in job.metadata.items()})
 
 
 def load(path: Path) -> Runner:
     """The file on the CPU. Its extra files are ``classes.json``, ``preprocessing.json`` and the like."""
-    module = torch.jit.load(str(path), map_location="cpu")
+    module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
 
     def run(case: tuple[Tensor, ...]) -> Logits:
         with torch.no_grad():

@@ -330,6 +330,7 @@ def _from_python(wish: _Wish) -> _Built:
         "module": None if _is_file(place) else place,
         "file": file.name if file is not None and _is_file(place) else None,
         "source_text": source_bytes.decode("utf-8") if _is_file(place) else None,  # as it was run, whatever happens to the file later
+        "imports_from": str(file.parent) if file is not None and _is_file(place) else None,  # for the file's neighbours
         "source_sha256": hashlib.sha256(source_bytes).hexdigest() if file is not None else None,
         "arguments": arguments,
         "cuts": cuts,

@@ -129,9 +129,9 @@ def untouched(module: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad(), forked(0, "look"):
             yield
-            for buffer, before in buffers:
-                buffer.copy_(before)
     finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
         for m, training in modes:
             m.training = training
 

@@ -20,13 +20,16 @@ from limbeck.randomness import forked
 __all__ = ["call_factory", "find_callable", "make_module"]
 
 
-def find_callable(target: str, base: Path, where: str) -> tuple[Callable[..., Any], Path | None]:
-    """The callable that ``FILE_OR_MODULE:CALLABLE`` names, and the file it is in (None for modules without one)."""
+def find_callable(target: str, base: Path, where: str, neighbours: Path | None = None) -> tuple[Callable[..., Any], Path | None]:
+    """The callable that ``FILE_OR_MODULE:CALLABLE`` names, and the file it is in (None for modules without one).
+
+    neighbours: a further folder that a file may import from, where the file is a copy.
+    """
     place, colon, attribute = target.rpartition(":")
     if not colon or not place or not attribute:
         raise UsageError(Problem(where, f"'python:{target}' should read python:FILE.py:CALLABLE or python:MODULE:CALLABLE."))
     is_file = place.endswith(".py") or "/" in place or "\\" in place
-    module, file = _from_file(base / Path(place).expanduser(), where) if is_file else _from_name(place, base, where)
+    module, file = _from_file(base / Path(place).expanduser(), where, neighbours) if is_file else _from_name(place, base, where)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -41,7 +44,7 @@ def find_callable(target: str, base: Path, where: str) -> tuple[Callable[..., An
     return found, file
 
 
-def _from_file(path: Path, where: str) -> tuple[Any, Path]:
+def _from_file(path: Path, where: str, neighbours: Path | None) -> tuple[Any, Path]:
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise UsageError(Problem(where, f"the file {path} does not exist.", near))
@@ -56,7 +59,7 @@ def _from_file(path: Path, where: str) -> tuple[Any, Path]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling to workers look classes up there
     try:
-        with _importable(path.parent):
+        with _importable(neighbours or path.parent), _importable(path.parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         del sys.modules[name]

@@ -253,7 +253,8 @@ def _rebuild(about: dict[str, Any], folder: Path, build: dict[str, Any], notes: 
 
 def _rebuild_python(folder: Path, build: dict[str, Any], notes: list[str], where: str) -> nn.Module:
     place = build["file"] or build["module"]
-    factory, file = _python.find_callable(f"{place}:{build['callable']}", folder, where)
+    neighbours = build.get("imports_from")
+    factory, file = _python.find_callable(f"{place}:{build['callable']}", folder, where, Path(neighbours) if neighbours else None)
     if build["file"]:
         build["source_text"] = (folder / build["file"]).read_text(encoding="utf-8")
     elif file is not None and hashlib.sha256(file.read_bytes()).hexdigest() != build["source_sha256"]:

@@ -76,7 +76,7 @@ def _load(run: Run) -> Snippet:
     cut = bool(build["cuts"] if "cuts" in build else {"layers", "layers_of"} & options.keys())
     given = section(build, "arguments") if build else {k: v for k, v in options.items() if k not in OWN_OPTIONS}
     prepared = section(run.student, "preprocessing")
-    classes = len(run.student.get("classes") or run.analysis.get("classes") or ())
+    classes = run.student.get("num_classes") or len(run.student.get("classes") or run.analysis.get("classes") or ())
     weights = f'load_model(model, "{_path(student / "model.safetensors")}")'
     explanation = "Plain library code: the student does not need Limbeck."
 

@@ -73,7 +73,7 @@ def figures(run: Run) -> list[tuple[str, str]]:
         return []
     spread = deviation(run, "student", key)
     several = f", mean of {len(run.metrics.get('seeds') or ())} seeds ± {fmt.fixed(100 * spread, 1)}" if spread is not None else ""
-    found = [(write_primary(key)(student), f"{key.replace('_', ' ')} of the student{several}")]
+    found = [(write_primary(key)(student), f"test {key.replace('_', ' ')}{' of the student' if 'teacher' in run.roles else ''}{several}")]
     if baseline is not None:
         bounds = interval(run)
         said = f" (95 % interval {fmt.points(bounds[0])} to {fmt.points(bounds[1])})" if bounds else ""
@@ -144,7 +144,7 @@ def results(run: Run) -> Table:
         for role, value in values.items():
             spread = deviation(run, role, measure.key) if measure.spread else None
             note = ""
-            if value is not None and spread is not None:
+            if value is not None and spread:
                 note = f"± {fmt.fixed(100 * spread, 2) if measure.key in SHARES else fmt.fixed(spread, 4)}"
             row.append(Cell(measure.write(value), "best" if marks and value == best else "", note))
         rows.append(row)
@@ -238,9 +238,11 @@ def run_points(run: Run, what: str) -> list[Point]:
 
 def training(run: Run) -> list[Chart]:
     key = primary(run)
-    by_role = [(role, _curves.losses(run.seeds, role)) for role in ("teacher", "baseline", "student")]
-    checks = [_curves.validation(run.seeds, role, key) for role in ("teacher", "baseline", "student")]
-    errors = [_curves.validation(run.seeds, role, "nll") for role in ("teacher", "baseline", "student")]
+    # A teacher that is fine-tuned first is trained once, by the run itself, for all seeds.
+    logs = (("teacher", (run,)), ("baseline", run.seeds), ("student", run.seeds))
+    losses = [_curves.losses(runs, role) for role, runs in logs]
+    checks = [_curves.validation(runs, role, key) for role, runs in logs]
+    errors = [_curves.validation(runs, role, "nll") for role, runs in logs]
     parts = _curves.terms(run.seeds)
     seeds = " Faint lines are single seeds, the strong one is their mean." if len(run.seeds) > 1 else ""
     return [
@@ -256,7 +258,7 @@ def training(run: Run) -> list[Chart]:
             ),
             curve_chart(
                 "Training loss",
-                [c for _, c in by_role if c],
+                [c for c in losses if c],
                 "loss",
                 "{:.3g}".format,
                 "What each training minimised. The student's sum has other terms than the baseline's, so compare shapes, not heights."
@@ -339,6 +341,14 @@ def flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str
             yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
+def answers_of(run: Run) -> str:
+    """Whose answers the sections below the curves show, where there are several seeds."""
+    best = run.metrics.get("best_seed")
+    if not run.children:
+        return ""
+    return f"Of the run with seed {best}, the best on validation." if best is not None else "Of one of the seeds."
+
+
 def notes(run: Run) -> list[str]:
     every = [*(run.metrics.get("notes") or ()), *(n for child in run.children for n in child.metrics.get("notes") or ())]
     return list(dict.fromkeys(str(note) for note in every))
@@ -362,6 +372,7 @@ def sections(run: Run) -> dict[str, Any]:
         "training": training(run),
         "reliability": reliability(run),
         "classes": classes(run),
+        "answers_of": answers_of(run),
         "confusions": confusions(run),
         "samples": samples(run),
         "disagree": section(run.analysis, "samples").get("disagree"),

@@ -40,7 +40,7 @@ class Run:
 
     @property
     def seeds(self) -> tuple[Run, ...]:
-        """The runs whose logs show the training: the children, or the run itself."""
+        """The runs whose logs show the training of the student: the children, or the run itself."""
         return self.children or (self,)
 
 
