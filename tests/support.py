@@ -77,7 +77,16 @@ def toy_data(count: int = 30, *, unlabelled: int = 0, dtype: torch.dtype = torch
 
 
 def settings(**changes: Any) -> Train:
-    plain = {"epochs": 3, "batch_size": 8, "precision": "float64", "workers": 0, "checkpoint_every": 4, "log_every": 1, "lr": 1e-2, **changes}
+    plain = {
+        "epochs": 3,
+        "batch_size": 8,
+        "precision": "float64",
+        "workers": 0,
+        "checkpoint_every": 4,
+        "log_every": 1,
+        "lr": 1e-2,
+        **changes,
+    }
     return Train(**plain)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +41,9 @@ def choose(
 def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int) -> Recipe:
     """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run."""
     student = engines["student"]
-    train = recipe.train.model_copy(update={"precision": student.precision, "layout": student.layout, "workers": workers, "device": str(student.device)})
+    train = recipe.train.model_copy(
+        update={"precision": student.precision, "layout": student.layout, "workers": workers, "device": str(student.device)}
+    )
     teacher = recipe.teacher
     if teacher is not None:
         teacher = teacher.model_copy(update={"precision": engines["teacher"].precision, "layout": engines["teacher"].layout})
@@ -75,7 +76,9 @@ def teacher_choice(model: Model, batch: Batch, device: torch.device, precision: 
     return measure(candidates(device, _layouts(batch.teacher or {}, layout)), logits)
 
 
-def student_choice(student: Model, teacher: Signal | None, objective: Objective, batch: Batch, device: torch.device, settings: Train, seed: int) -> Choice:
+def student_choice(
+    student: Model, teacher: Signal | None, objective: Objective, batch: Batch, device: torch.device, settings: Train, seed: int
+) -> Choice:
     """How the student trains; measured on forward and backward of one microbatch, compared by its gradient. The student is left as it was."""
     if settings.precision != "auto":
         return Engine(device, settings.precision, settings.layout or "channels_first"), {"measured": [], "reason": "given in the recipe"}
@@ -90,7 +93,10 @@ def student_choice(student: Model, teacher: Signal | None, objective: Objective,
         module.train()
         module.zero_grad(set_to_none=True)
         sent = engine.send(batch)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), Capture(module, objective.student_needs.features) as capture:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            Capture(module, objective.student_needs.features) as capture,
+        ):
             torch.manual_seed(seed_for(seed, "dropout", 0, 0, 0))
             with engine.autocast():
                 outputs = Outputs(student(sent.student), capture.features)
@@ -112,11 +118,9 @@ def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True) for name, t in module.state_dict().items()}
 
 
-def _layouts(inputs: Any, layout: str | None) -> Sequence[str]:
+def _layouts(inputs: Any, layout: str | None) -> list[str]:
     """Layout matters for images (four dimensions) only."""
     if layout is not None:
         return [layout]
     images = any(value.ndim == 4 for value in inputs.values())
     return ["channels_first", "channels_last"] if images else ["channels_first"]
-
-

@@ -8,7 +8,13 @@ from torch import nn
 def teacher(num_classes: int = 10) -> nn.Module:
     """A convolutional network of about 400,000 parameters."""
     return nn.Sequential(
-        *_block(1, 64), *_block(64, 128), nn.MaxPool2d(2), *_block(128, 256), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes)
+        *_block(1, 64),
+        *_block(64, 128),
+        nn.MaxPool2d(2),
+        *_block(128, 256),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, num_classes),
     )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import Interrupted, Problem, UsageError
-from limbeck.recipe import Recipe, absolute, build_recipe, differences, read_yaml
+from limbeck.reading import absolute, differences, recipe_from_yaml
+from limbeck.recipe import Recipe
 from limbeck.run import disk_errors, read_json
 
 __all__ = ["Stop", "finished", "matches", "next_free", "refuse_taken"]
@@ -39,9 +40,13 @@ def refuse_taken(out: Path, resume: bool) -> None:
     if not inside:
         return
     if not resume:
-        raise UsageError(Problem("--out", f"{out} exists and is not empty.", "Name another folder, or add --resume to continue the run in it."))
+        raise UsageError(
+            Problem("--out", f"{out} exists and is not empty.", "Name another folder, or add --resume to continue the run in it.")
+        )
     if not (out / "recipe.yaml").is_file():
-        raise UsageError(Problem("--out", f"{out} holds no run (it has no recipe.yaml), so there is nothing to resume.", "Name another folder."))
+        raise UsageError(
+            Problem("--out", f"{out} holds no run (it has no recipe.yaml), so there is nothing to resume.", "Name another folder.")
+        )
 
 
 def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, dict[str, Any]] | None:
@@ -57,7 +62,9 @@ def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, d
     for key, what in (("data", "the data"), ("teacher", "the teacher"), ("seeds", "the number of seeds")):
         before, now = environment.get("facts", {}).get(key), facts.get(key)
         if before is not None and before != now:
-            problems.append(Problem("--resume", f"{what} changed since this run was begun ({before} then, {now} now).", "Name another --out."))
+            problems.append(
+                Problem("--resume", f"{what} changed since this run was begun ({before} then, {now} now).", "Name another --out.")
+            )
     if problems:
         raise UsageError(problems)
     return recorded, environment
@@ -65,9 +72,7 @@ def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, d
 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe that a run has recorded."""
-    plain = read_yaml(folder / "recipe.yaml")
-    recipe = build_recipe(plain, command="train" if plain.get("teacher") is None else "distill", where=str(folder / "recipe.yaml"))
-    return absolute(recipe, folder)
+    return absolute(recipe_from_yaml(folder / "recipe.yaml"), folder)
 
 
 def same_recipe(out: Path, recipe: Recipe) -> None:

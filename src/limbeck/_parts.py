@@ -64,7 +64,16 @@ class Parts:
         wanted = preprocessing or self.student
         return token_lengths(split, wanted) if isinstance(wanted, TextPreprocessing) else None
 
-    def plan(self, split: Split, *, epochs: int, batch_size: int, seed: int, total_steps: int | None = None, preprocessing: Preprocessing | None = None) -> Plan:
+    def plan(
+        self,
+        split: Split,
+        *,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        total_steps: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Plan:
         return Plan(
             split,
             seed=seed,
@@ -127,7 +136,9 @@ class Parts:
         [request] = evaluation_requests(split, PROBE)
         return self.builder(split, teacher=with_teacher)(request)
 
-    def logits(self, model: Model, split: Split, engine: Engine, *, batch_size: int = EVALUATION_BATCH, workers: int = 0) -> np.ndarray[Any, Any]:
+    def logits(
+        self, model: Model, split: Split, engine: Engine, *, batch_size: int = EVALUATION_BATCH, workers: int = 0
+    ) -> np.ndarray[Any, Any]:
         """``(N, C)`` float64 logits of a model on a split, through its own preparation; the model is left in eval mode."""
         model.module.eval()
         builder = self.builder(split, student=model.preprocessing)
@@ -152,4 +163,3 @@ class Parts:
         split = self.data.test.take(np.sort(rows))
         [request] = evaluation_requests(split, count)
         return self.builder(split, student=preprocessing)(request).student
-

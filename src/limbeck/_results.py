@@ -70,7 +70,9 @@ def seed_metrics(
         "seeds": [recipe.seed],
         "models": models,
         "gap_closed": gap_closed(_primary(models, "teacher"), _primary(models, "baseline"), models["student"]["metrics"][PRIMARY]),
-        "interval": None if interval is None else {"student_minus_baseline": interval, "level": 0.95, "method": "paired bootstrap over test items"},
+        "interval": None
+        if interval is None
+        else {"student_minus_baseline": interval, "level": 0.95, "method": "paired bootstrap over test items"},
         "verdict": verdict(models, interval, 1, "over the test items"),
         "validation": best[0] if best else None,
         "cost": {
@@ -84,7 +86,12 @@ def seed_metrics(
             "peak_rss_bytes": peak_rss_bytes(),
         },
         "export": exported,
-        "data": {"train": len(data.train), "labelled": int((data.train.labels >= 0).sum()), "valid": len(data.valid), "test": len(data.test)},
+        "data": {
+            "train": len(data.train),
+            "labelled": int((data.train.labels >= 0).sum()),
+            "valid": len(data.valid),
+            "test": len(data.test),
+        },
         "notes": notes,
     }
     return found
@@ -106,7 +113,9 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
             models[role]["agreement"] = statistics.fmean(row["agreement"] for row in rows)
     interval = None
     if "baseline" in models:
-        interval = seeds_interval([r["models"]["student"]["metrics"][PRIMARY] - r["models"]["baseline"]["metrics"][PRIMARY] for r in results])
+        interval = seeds_interval(
+            [r["models"]["student"]["metrics"][PRIMARY] - r["models"]["baseline"]["metrics"][PRIMARY] for r in results]
+        )
     count = len(results)
     costs = [r["cost"] for r in results]
     joint = {
@@ -114,7 +123,9 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         "seeds": [seed for r in results for seed in r["seeds"]],
         "models": models,
         "gap_closed": gap_closed(_primary(models, "teacher"), _primary(models, "baseline"), models["student"]["metrics"][PRIMARY]),
-        "interval": None if interval is None else {"student_minus_baseline": interval, "level": 0.95, "method": f"t interval over {count} paired seeds"},
+        "interval": None
+        if interval is None
+        else {"student_minus_baseline": interval, "level": 0.95, "method": f"t interval over {count} paired seeds"},
         "verdict": verdict(models, interval, count, f"over {count} seeds"),
         "cost": {k: max(c[k] for c in costs) if k == "peak_rss_bytes" else sum(c[k] for c in costs) for k in costs[0]},
         "best_seed": results[best]["seeds"][0],
@@ -125,4 +136,3 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
 
 def _primary(models: dict[str, Any], role: str) -> float | None:
     return models[role]["metrics"][PRIMARY] if role in models else None
-

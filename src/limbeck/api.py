@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,7 +17,8 @@ from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, load_saved, wrap_module
 from limbeck.progress import Progress
 from limbeck.randomness import forked
-from limbeck.recipe import Recipe, absolute, build_recipe, default_objective
+from limbeck.reading import absolute, build_recipe, default_objective
+from limbeck.recipe import Recipe
 
 __all__ = ["Result", "distill", "load", "train"]
 
@@ -82,7 +83,9 @@ def distill(
     ['baseline', 'student', 'teacher']
     """
     if objective is not None and (temperature is not None or alpha is not None):
-        raise UsageError(Problem("objective", "was given together with temperature or alpha.", "Put them into the terms, or leave objective out."))
+        raise UsageError(
+            Problem("objective", "was given together with temperature or alpha.", "Put them into the terms, or leave objective out.")
+        )
     terms = objective or (default_objective(temperature, alpha) if teacher is not None else [{"loss": "cross_entropy", "weight": 1.0}])
     train_keys = {k: v for k, v in settings.items() if k not in ("data_options", "teacher_cache", "track")}
     data_options = dict(settings.get("data_options") or {})
@@ -112,7 +115,9 @@ def distill(
         loaded = (
             load_data(recipe.data, recipe.task, base)
             if train is None
-            else data_from_python(task=recipe.task, train=train, test=test, valid=valid, unlabelled=unlabelled, classes=classes, spec=recipe.data)
+            else data_from_python(
+                task=recipe.task, train=train, test=test, valid=valid, unlabelled=unlabelled, classes=classes, spec=recipe.data
+            )
         )
         last: list[Model] = []
 
@@ -170,15 +175,25 @@ def _name(model: ModelLike) -> str:
 
 
 def _model(
-    given: ModelLike, recipe: Recipe, role: str, data: Data, seed: int, base: Path, tokenizer: Any, *, new_head: bool = False
+    given: ModelLike,
+    recipe: Recipe,
+    role: Literal["student", "teacher"],
+    data: Data,
+    seed: int,
+    base: Path,
+    tokenizer: Any,
+    *,
+    new_head: bool = False,
 ) -> Model:
     """A module is taken as it is (a student is copied, so that the caller's own keeps its initial weights); a name is built as in a recipe."""
     if isinstance(given, str | Path | dict):
         spec = recipe.student if role == "student" else recipe.teacher
         assert spec is not None
-        return build_model(spec, role=role, data=data, seed=seed, base=base, **({"new_head": True} if new_head else {}))
+        return build_model(spec, role=role, data=data, seed=seed, base=base, new_head=new_head, max_length=recipe.data.max_length)
     if new_head:
-        raise UsageError(Problem("teacher", "a module given from Python is not trained first.", "Train it with limbeck.train(student=...)."))
+        raise UsageError(
+            Problem("teacher", "a module given from Python is not trained first.", "Train it with limbeck.train(student=...).")
+        )
     if isinstance(given, nn.Module):
         module = copy.deepcopy(given) if role == "student" else given
     else:
@@ -186,11 +201,15 @@ def _model(
             module = given()
         if not isinstance(module, nn.Module):
             raise UsageError(Problem(role, f"the callable returned {type(module).__name__}, not an nn.Module."))
-    return wrap_module(module, role=role, data=data, tokenizer=tokenizer)
+    return wrap_module(module, role=role, data=data, tokenizer=tokenizer, max_length=recipe.data.max_length)
 
 
 def _task_of(train: Any) -> str:
     """Text where the first sample is text; images and float tensors are classified as images are."""
     x = train[0] if isinstance(train, tuple) else train[0][0]
     first = x[0] if isinstance(x, list | tuple) and len(x) else x
-    return "text-classification" if isinstance(first, str) or (isinstance(first, list | tuple) and first and isinstance(first[0], str)) else "image-classification"
+    return (
+        "text-classification"
+        if isinstance(first, str) or (isinstance(first, list | tuple) and first and isinstance(first[0], str))
+        else "image-classification"
+    )

@@ -179,7 +179,7 @@ def evaluate(run: Run, json: Json = False) -> None:
 
     def work() -> dict[str, Any]:
         folder = _run_folder(run)
-        from limbeck.distill import evaluate_run
+        from limbeck.again import evaluate_run
 
         return dict(evaluate_run(folder))
 
@@ -208,7 +208,7 @@ def export(
             if name not in EXPORTS
         ]
         folder = _run_folder(run, problems)
-        from limbeck.distill import export_run
+        from limbeck.again import export_run
 
         return dict(export_run(folder, formats))
 
@@ -283,7 +283,7 @@ def recipes(
     if schema and name is not None:
         raise UsageError(Problem("--schema", f"takes no name beside it, got '{name}'."))
     if schema:
-        from limbeck.recipe import json_schema
+        from limbeck.reading import json_schema
 
         print_json(json_schema())
         return
@@ -331,7 +331,7 @@ def _run(
     plain: bool,
 ) -> dict[str, Any]:
     """Judges everything that was given, then runs the spine."""
-    from limbeck.recipe import RecipeError, load_recipe
+    from limbeck.reading import RecipeError, load_recipe
 
     problems, number = _seeds(seeds)
     problems += _out_problems(out, resume)

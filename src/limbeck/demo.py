@@ -8,7 +8,7 @@ from typing import Any
 from limbeck._folder import next_free, refuse_taken
 from limbeck.distill import run_into
 from limbeck.progress import Progress
-from limbeck.recipe import build_recipe
+from limbeck.reading import build_recipe
 
 __all__ = ["demo"]
 

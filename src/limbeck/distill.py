@@ -26,7 +26,8 @@ from limbeck.export import export_model
 from limbeck.models import Model, build_model, class_map, save_model, state_hash, validate_paths
 from limbeck.objective import Objective, needs_of
 from limbeck.progress import Progress
-from limbeck.recipe import Recipe, absolute
+from limbeck.reading import absolute
+from limbeck.recipe import Recipe
 from limbeck.report import write_report
 from limbeck.run import Log, commit_folder, provenance, read_json, write_atomic, write_json
 from limbeck.teacher import LiveTeacher
@@ -86,10 +87,14 @@ def run_into(
         job = Job(
             recipe=recipe,
             data=data,
-            build_student=lambda seed: build_model(recipe.student, role="student", data=data, seed=seed, base=base),
+            build_student=lambda seed: build_model(
+                recipe.student, role="student", data=data, seed=seed, base=base, max_length=recipe.data.max_length
+            ),
             build_teacher=None
             if spec is None
-            else lambda new_head: build_model(spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=new_head),
+            else lambda new_head: build_model(
+                spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=new_head, max_length=recipe.data.max_length
+            ),
             out=out,
             resume=resume,
             seeds=seeds,
@@ -239,7 +244,9 @@ def _train_role(
     """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``."""
     parts, choices = shared.parts, shared.environment["choices"]
     make_feed = parts.baseline_feed if role == "baseline" else parts.feed
-    feed = make_feed(recipe, with_teacher=teacher is not None, workers=choices["workers"]["value"], pin_memory=choices["pin_memory"]["value"])
+    feed = make_feed(
+        recipe, with_teacher=teacher is not None, workers=choices["workers"]["value"], pin_memory=choices["pin_memory"]["value"]
+    )
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, parts.validation(student, shared.engine))
     return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes)
 
@@ -298,7 +305,7 @@ def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device,
     if choice_file.is_file():
         engine = Engine(device, **read_json(choice_file))
     else:
-        engine, record = student_choice(
+        engine, _ = student_choice(
             teacher, None, objective, own.first_batch(recipe, with_teacher=False), device, recipe.train, recipe.seed
         )
         make(choice_file.parent)
@@ -384,7 +391,9 @@ def _warnings(student: Model, teacher: Model | None, to_train: bool) -> list[str
     if small > large:
         notes.append(f"Warning: the student has {small:,} parameters, more than the teacher's {large:,}.")
     if to_train:
-        notes.append("The teacher's head does not fit the data's classes (or training it was asked for): it gets a new head and is trained first.")
+        notes.append(
+            "The teacher's head does not fit the data's classes (or training it was asked for): it gets a new head and is trained first."
+        )
     return notes
 
 

@@ -74,14 +74,18 @@ def choose_device(setting: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
-        raise UsageError(Problem("train.device", f"got {setting!r}, which cannot be used here ({reason}).", "Allowed: auto, cpu, cuda, cuda:N.")) from e
+        raise UsageError(
+            Problem("train.device", f"got {setting!r}, which cannot be used here ({reason}).", "Allowed: auto, cpu, cuda, cuda:N.")
+        ) from e
     return device
 
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Refuse what this device cannot do."""
     if precision == "fp16" and device.type != "cuda":
-        raise UsageError(Problem("train.precision", "fp16 needs a CUDA device; on a CPU it is unusable.", "Allowed here: auto, float32, float64, bf16."))
+        raise UsageError(
+            Problem("train.precision", "fp16 needs a CUDA device; on a CPU it is unusable.", "Allowed here: auto, float32, float64, bf16.")
+        )
 
 
 def candidates(device: torch.device, layouts: list[str], precisions: list[str] | None = None) -> list[Engine]:
@@ -129,9 +133,15 @@ def measure(engines: list[Engine], run: Callable[[Engine], Tensor], repeats: int
         if row["ms"] is not None and row["cosine"] >= AGREEMENT and base / row["ms"] >= GAIN
     ]
     if not eligible:
-        return reference, {"measured": rows, "reason": f"nothing measured was {GAIN} times faster than {reference.label()} with agreeing values"}
+        return reference, {
+            "measured": rows,
+            "reason": f"nothing measured was {GAIN} times faster than {reference.label()} with agreeing values",
+        }
     ms, chosen = min(eligible, key=lambda pair: pair[0])
-    return chosen, {"measured": rows, "reason": f"{chosen.label()} took {ms:.1f} ms, {reference.label()} {base:.1f} ms ({base / ms:.1f} times faster)"}
+    return chosen, {
+        "measured": rows,
+        "reason": f"{chosen.label()} took {ms:.1f} ms, {reference.label()} {base:.1f} ms ({base / ms:.1f} times faster)",
+    }
 
 
 def _synchronise(device: torch.device) -> None:

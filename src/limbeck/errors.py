@@ -105,6 +105,4 @@ def listed(names: Sequence[str], limit: int = 12) -> str:
 
 def missing_extra(package: str, extra: str, purpose: str) -> UsageError:
     """The error for an optional package that is not installed."""
-    return UsageError(
-        Problem("", f"{purpose} needs the package '{package}', which is not installed.", f'pip install "limbeck[{extra}]"')
-    )
+    return UsageError(Problem("", f"{purpose} needs the package '{package}', which is not installed.", f'pip install "limbeck[{extra}]"'))

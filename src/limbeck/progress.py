@@ -23,7 +23,9 @@ class Progress:
     def __init__(self, mode: str = "auto") -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = mode == "none"
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if mode == "auto" and self.console.is_terminal else None
+        self._live = (
+            Live(console=self.console, refresh_per_second=4, transient=True) if mode == "auto" and self.console.is_terminal else None
+        )
         self._last_plain = 0.0
 
     def __enter__(self) -> Progress:
@@ -40,7 +42,9 @@ class Progress:
         if not self.quiet:
             self.console.print(escape(text))
 
-    def step(self, role: str, *, epoch: int, epochs: int, step: int, steps: int, items_per_second: float, values: dict[str, float], left: float) -> None:
+    def step(
+        self, role: str, *, epoch: int, epochs: int, step: int, steps: int, items_per_second: float, values: dict[str, float], left: float
+    ) -> None:
         """One training step that was logged: rate, loss and its terms, time left, memory."""
         now = time.monotonic()
         if self.quiet or (self._live is None and now - self._last_plain < PLAIN_SECONDS):

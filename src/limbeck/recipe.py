@@ -1,24 +1,16 @@
-"""The configuration of a run, all of it, and nothing else.
-
-Four ways lead to one :class:`Recipe`: a YAML file, options on the command line, ``kd_train.py`` and a Python call. :func:`load_recipe`
-merges a file with options, :func:`build_recipe` judges plain values; both tell everything that is wrong at once.
-"""
+"""The configuration of a run, all of it, and nothing else. How it is read and judged is in :mod:`limbeck.reading`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from limbeck import _recipe_check as check
-from limbeck import _recipe_merge as merging
 from limbeck import _recipe_paths as paths
-from limbeck._recipe_yaml import dump, read_yaml
-from limbeck.errors import Problem, UsageError
+from limbeck._recipe_yaml import dump
 
 __all__ = [
     "Augment",
@@ -26,7 +18,6 @@ __all__ = [
     "DataSpec",
     "ModelSpec",
     "Recipe",
-    "RecipeError",
     "Schedule",
     "Section",
     "TeacherCache",
@@ -34,14 +25,7 @@ __all__ = [
     "TeacherTraining",
     "Term",
     "Train",
-    "absolute",
-    "build_recipe",
-    "default_objective",
-    "differences",
-    "json_schema",
-    "load_recipe",
-    "read_yaml",
-    "recipe_from_yaml",
+    "defaulted",
 ]
 
 Command = Literal["distill", "train"]
@@ -249,7 +233,7 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Every key, in the order of the documentation; keys without effect in this recipe are null. Reading it gives an equal recipe."""
         data = self.model_dump(mode="json")
-        for path in check.not_applying(_without_defaults(self), _reader(data), self.command):
+        for path in check.not_applying(_without_defaults(self), defaulted(data), self.command):
             section, _, name = path.partition(".")
             if not name:
                 data[section] = None
@@ -258,175 +242,7 @@ class Recipe(Section):
         return dump(data)
 
 
-class RecipeError(UsageError):
-    """All problems of one recipe; ``source`` is the file or the command line that they are in."""
-
-    def __init__(self, problems: Sequence[Problem], source: str) -> None:
-        super().__init__(problems)
-        self.source = source
-
-    def __str__(self) -> str:
-        if len(self.problems) == 1:
-            return f"{self.source}: {self.problems[0]}"
-        return "\n".join([f"{self.source}: {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
-
-
-def default_objective(temp: float | None = None, alpha: float | None = None) -> list[dict[str, Any]]:
-    """``alpha * kd(temp) + (1 - alpha) * cross_entropy``, by default 0.7 at T = 4; a term at weight 0 is left out.
-
-    >>> default_objective(alpha=1.0)
-    [{'loss': 'kd', 'weight': 1.0, 'temperature': 4.0}]
-    """
-    return merging.default_objective(temp, alpha)
-
-
-def build_recipe(data: Mapping[str, Any], *, command: Command, where: str = "recipe", spelt: Mapping[str, str] | None = None) -> Recipe:
-    """A recipe from plain values (as YAML or JSON give them), everything judged that can be judged without loading data or models.
-
-    ``where`` names the recipe in messages; ``spelt`` maps keys to how the person wrote them (``train.lr`` -> ``--lr``). Left out: the task
-    where the data tell it, and the objective (for ``train`` cross entropy). Raises :class:`RecipeError` with all problems.
-    """
-    plain = _expand(data, command)
-    value = _reader(plain)
-    dropped = merging.without_nulls(plain, check.not_applying(plain, value, command))
-    problems: list[Problem] = []
-    recipe: Recipe | None = None
-    try:
-        recipe = Recipe.model_validate(dropped)
-    except ValidationError as error:
-        problems += check.schema_problems(error.errors(), dropped, Recipe.model_json_schema())
-    further = [*check.recipe_problems(plain, value, command), *_objective_problems(plain, command)]
-    told = {p.where for p in further}  # these know more about a key than its type
-    if "data.source" in told:
-        told.add("task")  # right data tell it
-    problems = [*(p for p in problems if p.where not in told), *further]
-    if problems or recipe is None:
-        raise RecipeError([_respelt(p, spelt or {}) for p in problems], where)
-    if recipe.train.optimizer == "sgd" and recipe.train.momentum == 0:
-        recipe.train.nesterov = False
-    return recipe
-
-
-def load_recipe(path: Path | None, options: Mapping[str, Any], sets: Sequence[str], command: Command) -> tuple[Recipe, Path]:
-    """The recipe in the file ``path`` (None: options alone) with options and ``--set key.path=value`` over it, and the folder that its
-    relative paths are relative to: the file's, or the working directory without one.
-
-    ``options`` has strings (or None) under the names of the command line: teacher, student, data, task, temp, alpha, epochs,
-    batch_size, lr, seed, baseline (bool), fit_teacher (bool). Raises :class:`RecipeError` with all
-    problems, files that are not there included.
-    """
-    here = Path.cwd()
-    base = here if path is None else path.resolve().parent
-    where = "command line" if path is None else str(path)
-    try:
-        data = {} if path is None else merging.expand_names(read_yaml(path))
-    except UsageError as error:
-        raise UsageError([*error.problems, *_option_problems(options, sets, command)]) from None
-    merged, spelt, problems = merging.merge(data, options, sets, command)
-    if path is not None:
-        merged = paths.absolute_paths(merged, here, only={key for key in spelt if key in paths.PATH_KEYS})
-    source = check.look(merged, "data.source")
-    if isinstance(source, str):
-        merged["data"] = {**merged["data"], "source": paths.complete_source(source, base)}
-    missing = [_respelt(p, spelt) for p in [*paths.from_python(merged), *paths.missing_files(merged, base)]]
-    recipe: Recipe | None = None
-    try:
-        recipe = build_recipe(merged, command=command, where=where, spelt=spelt)
-    except RecipeError as error:
-        known = {p.where for p in problems}
-        problems += [p for p in error.problems if p.where not in known]
-    known = {p.where for p in problems}
-    problems += [p for p in missing if p.where not in known]
-    if problems or recipe is None:
-        raise RecipeError(problems, where)
-    return recipe, base
-
-
-def _option_problems(options: Mapping[str, Any], sets: Sequence[str], command: Command) -> list[Problem]:
-    """What is wrong with the options themselves, whatever the recipe says."""
-    merged, spelt, problems = merging.merge({}, options, sets, command)
-    try:
-        build_recipe(merged, command=command, spelt=spelt)
-    except RecipeError as error:
-        problems += [p for p in error.problems if p.where.startswith("--") and p.where not in {q.where for q in problems}]
-    return problems
-
-
-def recipe_from_yaml(path: Path) -> Recipe:
-    """The recipe in a complete file such as a run's recipe.yaml, for the command that it was written by."""
-    data = read_yaml(path)
-    return build_recipe(data, command="train" if data.get("teacher") is None else "distill", where=str(path))
-
-
-def absolute(recipe: Recipe, base: Path) -> Recipe:
-    """The same recipe with its local paths absolute, so that it means the same wherever its file lies."""
-    return Recipe.model_validate(paths.absolute_paths(recipe.model_dump(), base))
-
-
-def differences(a: Recipe, b: Recipe) -> list[str]:
-    """``train.lr: 0.001 -> 0.01`` for every key in which two recipes differ, in the order of the recipe."""
-    return check.differences(a.model_dump(mode="json"), b.model_dump(mode="json"), "")
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file, for editors (completion and checks while typing)."""
-    from limbeck.losses import LOSSES
-
-    schema = Recipe.model_json_schema()
-    definitions = schema["$defs"]
-    definitions["Term"]["properties"]["loss"] = {"type": "string", "enum": list(LOSSES), "description": "see `limbeck losses`"}
-    for name in ("teacher", "student", "data"):  # a bare name is short for the mapping that has only the name
-        schema["properties"][name] = {"anyOf": [{"type": "string"}, schema["properties"][name]]}
-    for name in ("export", "track"):
-        schema["properties"][name] = {"anyOf": [schema["properties"][name]["items"], schema["properties"][name]]}
-    never = set(check.not_applying({}, lambda _: None, "train"))
-    for path in never | _NULLABLE:
-        _allow_null(schema, path)
-    schema["required"] = ["student", "data"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Limbeck recipe"}
-
-
-_NULLABLE = {
-    "train.momentum",
-    "train.nesterov",
-    "train.betas",
-    "data.text",
-    "data.label",
-    "data.max_length",
-    "data.valid_fraction",
-    "teacher_cache",
-}
-
-
-def _allow_null(schema: dict[str, Any], path: str) -> None:
-    holder = schema
-    for key in path.split(".")[:-1]:
-        found = dict(check.branches(holder["properties"][key], schema)[-1])
-        holder = next(d for d in schema["$defs"].values() if d.get("title") == found.get("title"))
-    key = path.split(".")[-1]
-    held = holder["properties"][key]
-    if {"type": "null"} not in held.get("anyOf", []):
-        holder["properties"][key] = {"anyOf": [held, {"type": "null"}]}
-
-
-def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
-    plain = merging.expand_names(data)
-    if plain.get("objective") is None:
-        plain["objective"] = merging.default_objective(None, None) if command == "distill" else [{"loss": "cross_entropy", "weight": 1.0}]
-    source = check.look(plain, "data.source")
-    if isinstance(source, str):
-        plain["data"]["source"] = paths.complete_source(source, None)
-    if plain.get("task") is None:
-        plain.pop("task", None)
-        task = paths.task_of(check.look(plain, "data.source"))
-        if task is not None:
-            plain["task"] = task
-    if command == "train" and plain.get("baseline") in (None, False):
-        plain["baseline"] = False
-    return plain
-
-
-def _reader(plain: Mapping[str, Any]) -> Any:
+def defaulted(plain: Mapping[str, Any]) -> Any:
     """``value(path)``: what was given, or the default."""
     defaults = {
         "train": Train().model_dump(mode="json"),
@@ -444,48 +260,3 @@ def _reader(plain: Mapping[str, Any]) -> Any:
 
 def _without_defaults(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_defaults=True)
-
-
-def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Problem]:
-    """What is wrong with the terms, and with the pair of terms and teacher."""
-    raw = plain.get("objective")
-    if not isinstance(raw, list) or not raw:
-        return []
-    from limbeck.objective import check_terms, needs_of
-
-    terms: list[Term] = []
-    whole = True
-    for item in raw:
-        try:
-            terms.append(Term.model_validate(item))
-        except ValidationError:  # told already; a stand-in keeps the numbers of the others
-            loss = check.look(item, "loss")
-            rest = {**item, "weight": 1.0} if isinstance(item, dict) and isinstance(loss, str) and loss else {"loss": "cross_entropy"}
-            terms.append(Term.model_validate(rest))
-            whole = False
-    problems = [Problem(re.sub(r"\[(\d+)\]", r".\1", p.where), p.message, p.hint) for p in check_terms(terms)]
-    if problems or not whole:
-        return problems
-    if command == "train":
-        for i, term in enumerate(terms):
-            _, teacher = needs_of([term])
-            if teacher.logits or teacher.features:
-                text = f"{term.loss} needs a teacher, and `limbeck train` has none."
-                problems.append(Problem(f"objective.{i}.loss", text, "Use `limbeck distill --teacher ...`, or leave it out."))
-    elif plain.get("teacher") is not None:
-        _, teacher = needs_of(terms)
-        if not (teacher.logits or teacher.features):
-            used = ", ".join(t.loss for t in terms)
-            text = f"no term of the objective uses the teacher (the terms: {used})."
-            problems.append(Problem("objective", text, "Add kd (--alpha above 0), or use `limbeck train`."))
-    return problems
-
-
-def _respelt(problem: Problem, spelt: Mapping[str, str]) -> Problem:
-    key = problem.where
-    while key and key not in spelt:
-        key = key.rpartition(".")[0]
-    if not key:
-        return problem
-    rest = problem.where.removeprefix(key)
-    return Problem(f"{spelt[key]}{rest}", problem.message, problem.hint)

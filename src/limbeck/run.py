@@ -31,7 +31,9 @@ def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(existing_parent(path)).free
             wanted = "" if size is None else f" {size:,} bytes were to be written;"
-            raise DiskFull(f"The disk is full: writing {path} failed.{wanted} {free:,} bytes are free. What was finished before is kept.") from e
+            raise DiskFull(
+                f"The disk is full: writing {path} failed.{wanted} {free:,} bytes are free. What was finished before is kept."
+            ) from e
         raise
 
 
@@ -187,7 +189,7 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder))
 
 
 def _wandb(folder: Path, config: dict[str, Any]) -> Any:
@@ -213,12 +215,24 @@ def _tracker_id(folder: Path) -> str:
     return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
 
 
-_PACKAGES = ("torch", "torchvision", "timm", "transformers", "tokenizers", "numpy", "safetensors", "pyarrow", "onnx", "onnxruntime", "torchmetrics")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "safetensors",
+    "pyarrow",
+    "onnx",
+    "onnxruntime",
+    "torchmetrics",
+)
 
 
 def provenance() -> dict[str, Any]:
     """Versions, machine and git state: what a person needs to tell two runs apart."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -238,8 +252,8 @@ def provenance() -> dict[str, Any]:
 def _git_state() -> dict[str, Any] | None:
     """Commit and cleanness of the repository that the user works in, or None."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True).stdout.strip()  # noqa: S607
-        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True).stdout  # noqa: S607
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "dirty": bool(status.strip())}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from limbeck.engine import Engine
 from limbeck.errors import LimbeckError
@@ -40,7 +41,11 @@ class LiveTeacher:
     def __init__(self, model: Model, engine: Engine, columns: np.ndarray[Any, np.dtype[np.int64]] | None = None) -> None:
         self.model = model
         self.engine = engine
-        self.identity: dict[str, Any] = {"weights_sha256": model.weights_sha256, "spec": model.spec, "preprocessing": vars(model.preprocessing)}
+        self.identity: dict[str, Any] = {
+            "weights_sha256": model.weights_sha256,
+            "spec": model.spec,
+            "preprocessing": vars(model.preprocessing),
+        }
         self.items = 0
         self.seconds = 0.0
         engine.place(model.module)

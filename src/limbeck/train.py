@@ -69,7 +69,16 @@ class Trained:
     resumed_from: list[int] = field(default_factory=list)
 
 
-def fit(student: Model, teacher: Teacher | None, objective: Objective, feed: Feed, engine: Engine, settings: Train, seed: int, recorder: Recorder) -> Trained:
+def fit(
+    student: Model,
+    teacher: Teacher | None,
+    objective: Objective,
+    feed: Feed,
+    engine: Engine,
+    settings: Train,
+    seed: int,
+    recorder: Recorder,
+) -> Trained:
     """Train ``student`` in place on ``objective`` over all steps of ``feed.plan``, from the newest checkpoint where there is one.
 
     Per optimiser step: the learning rate and every schedule are functions of the step; the items of each term are counted over the whole step;
@@ -239,7 +248,9 @@ def decay_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str
 def _optimizer(settings: Train, modules: list[nn.Module]) -> torch.optim.Optimizer:
     groups = [g for g in decay_groups(modules, settings.weight_decay) if g["params"]]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov and settings.momentum > 0, fused=True)
+        return torch.optim.SGD(
+            groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov and settings.momentum > 0, fused=True
+        )
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
@@ -268,7 +279,9 @@ class Average:
 class _State:
     """Everything that a step changes: captured into a checkpoint, restored from one."""
 
-    def __init__(self, module: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, scaler: Any, average: Average | None) -> None:
+    def __init__(
+        self, module: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, scaler: Any, average: Average | None
+    ) -> None:
         self.module, self.objective, self.optimizer, self.scaler, self.average = module, objective, optimizer, scaler, average
         self.best: dict[str, Tensor] | None = None
         self.best_value = -math.inf

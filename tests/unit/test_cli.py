@@ -108,7 +108,7 @@ class TestListings:
         assert all(name in shown for name in ("bert-base", "timm:", "python:FILE", "run:DIR"))
 
     def test_recipes(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        from limbeck.recipe import build_recipe, read_yaml
+        from limbeck.reading import build_recipe, read_yaml
 
         assert limbeck("recipes") == 0
         names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
@@ -156,7 +156,7 @@ class TestDistill:
         assert "limbeck distill" in capsys.readouterr().err
 
     def test_resume_alone_takes_the_recipe_of_the_run(self, spine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from limbeck.recipe import build_recipe
+        from limbeck.reading import build_recipe
 
         monkeypatch.chdir(tmp_path)
         recipe = build_recipe({"teacher": "a", "student": "b", "data": "digits", "seed": 9}, command="distill")

@@ -11,10 +11,8 @@ import pytest
 import yaml
 
 from limbeck.errors import UsageError
-from limbeck.recipe import (
-    Recipe,
+from limbeck.reading import (
     RecipeError,
-    Schedule,
     absolute,
     build_recipe,
     default_objective,
@@ -24,6 +22,7 @@ from limbeck.recipe import (
     read_yaml,
     recipe_from_yaml,
 )
+from limbeck.recipe import Recipe, Schedule
 
 IMAGES: dict[str, Any] = {"teacher": "timm:resnet50", "student": "timm:resnet18", "data": "digits"}
 TEXTS: dict[str, Any] = {"teacher": "bert-large", "student": "bert-base", "data": "csv:reviews.csv"}

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import KD_MIX, Big, Small, made, run_fit, settings, state_bytes, tensors, toy_data
 from torch import nn
 
 from limbeck.engine import Engine
@@ -20,6 +19,7 @@ from limbeck.objective import Objective
 from limbeck.recipe import Term
 from limbeck.teacher import LiveTeacher
 from limbeck.train import Average, cuts, learning_rate
+from support import KD_MIX, Big, Small, made, run_fit, settings, state_bytes, tensors, toy_data
 
 
 class StopAfter:

@@ -173,9 +173,8 @@ def frozen_copy(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Mod
             f"The student cannot be copied for export: {brief(error)} Its modules may hold tensors, numbers and other modules, "
             "but no locks, open files or generators."
         ) from error
-    for part in twin.modules():
-        part.training = False
-    return twin.eval()
+    twin.eval()  # its result is not used: a user's own train() may give none
+    return twin
 
 
 def _metadata(

@@ -1,0 +1,79 @@
+"""A finished run, looked at again: its student evaluated or exported from what the folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck._folder import read_recipe
+from limbeck._parts import Parts
+from limbeck._results import THROUGHPUT_BATCH, figures
+from limbeck.data import Data, load_data
+from limbeck.distill import PARITY_SAMPLES
+from limbeck.engine import Engine, choose_device
+from limbeck.errors import Problem, UsageError
+from limbeck.export import export_model
+from limbeck.models import Model, load_saved
+from limbeck.recipe import Recipe
+from limbeck.report import write_report
+from limbeck.run import read_json, write_json
+
+__all__ = ["evaluate_run", "export_run"]
+
+
+def evaluate_run(run: Path) -> dict[str, Any]:
+    """Measure the student (and the baseline) of a run on its test split, on this machine, now; nothing is written.
+
+    Returns {"models": {role: figures}}, each as in metrics.json, and {"recorded": {role: accuracy}} from the run's own metrics.
+    """
+    recipe, data = _of(run)
+    device = choose_device("auto")
+    models = {}
+    for role in ("student", "baseline"):
+        if (run / role / "model.json").is_file():
+            model = load_saved(run / role)
+            engine = Engine(device, "float64" if recipe.train.precision == "float64" else "float32")
+            engine.place(model.module)
+            parts = Parts(recipe, data, model.preprocessing, None)
+            logits = parts.logits(model, data.test, engine)
+            models[role] = figures(model, logits, data.test.labels, parts.sample_inputs(THROUGHPUT_BATCH), engine)
+    recorded = read_json(run / "metrics.json")["models"] if (run / "metrics.json").is_file() else {}
+    return {"models": models, "recorded": {role: recorded[role]["metrics"]["accuracy"] for role in models if role in recorded}}
+
+
+def export_run(run: Path, formats: list[str]) -> dict[str, Any]:
+    """Export the student of a run, each file checked against its weights on real test samples; metrics.json and the report are brought up to date.
+
+    Raises: ParityFailed, and nothing is left under a final name, where a file does not answer as the student does.
+    """
+    recipe, data = _of(run)
+    model = load_saved(run)
+    inputs = inputs_for_export(model, Parts(recipe, data, model.preprocessing, None))
+    exported = export_model(model, formats, run / "export", inputs=inputs, classes=data.classes, task=recipe.task)
+    if (run / "metrics.json").is_file():
+        metrics = read_json(run / "metrics.json")
+        metrics["export"] = {**metrics.get("export", {}), **exported}
+        write_json(run / "metrics.json", metrics)
+        write_report([run], run / "report.html")
+    return exported
+
+
+def inputs_for_export(model: Model, parts: Parts) -> dict[str, torch.Tensor]:
+    """Real test samples, prepared, float32, for the parity check; the model is brought to the CPU in float32."""
+    Engine(torch.device("cpu")).place(model.module)
+    model.module.eval()
+    return {k: v.float() if v.is_floating_point() else v for k, v in parts.sample_inputs(PARITY_SAMPLES, model.preprocessing).items()}
+
+
+def _of(run: Path) -> tuple[Recipe, Data]:
+    """The recipe and the data of a run."""
+    if not (run / "recipe.yaml").is_file():
+        raise UsageError(Problem(str(run), "is not a run: it has no recipe.yaml."))
+    recipe = read_recipe(run)
+    if recipe.data.source == "python":
+        raise UsageError(
+            Problem(str(run), "was made from Python with data that only the program had, so its test split cannot be read again.")
+        )
+    return recipe, load_data(recipe.data, recipe.task, run)
