@@ -11,6 +11,7 @@ from torch import nn
 
 from limbeck.data import BatchBuilder, Data, Plan, data_from_python
 from limbeck.engine import Engine
+from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, wrap_module
 from limbeck.objective import Objective
 from limbeck.progress import Progress
@@ -18,7 +19,6 @@ from limbeck.randomness import forked
 from limbeck.recipe import Term, Train
 from limbeck.run import Log
 from limbeck.teacher import LiveTeacher
-from limbeck.train import Feed, Recorder, Trained, fit
 
 FEATURES, CLASSES = 6, 4
 KD_MIX = [Term(loss="kd", weight=0.7, temperature=6.0), Term(loss="cross_entropy", weight=0.3)]

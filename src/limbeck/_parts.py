@@ -12,11 +12,11 @@ import torch
 from limbeck.data import BatchBuilder, Data, Plan, Split, augmentation, evaluation_requests, token_lengths
 from limbeck.engine import Engine
 from limbeck.evaluate import metrics, predict
+from limbeck.loop import Feed
 from limbeck.models import Model, probe_shapes
 from limbeck.objective import Objective, needs_of
 from limbeck.randomness import order
 from limbeck.recipe import Recipe
-from limbeck.train import Feed
 from limbeck.types import Batch, Inputs, Preprocessing, TextPreprocessing
 
 __all__ = ["Parts"]

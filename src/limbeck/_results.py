@@ -11,10 +11,10 @@ from limbeck import __version__
 from limbeck.data import Data
 from limbeck.engine import Engine
 from limbeck.evaluate import agreement, bootstrap_interval, latency, metrics, seeds_interval, throughput
+from limbeck.loop import Trained
 from limbeck.models import Model, describe
 from limbeck.progress import peak_rss_bytes
 from limbeck.recipe import Recipe
-from limbeck.train import Trained
 from limbeck.types import Inputs
 from limbeck.verdict import gap_closed, verdict
 

@@ -11,7 +11,6 @@ from limbeck._folder import read_recipe
 from limbeck._parts import Parts
 from limbeck._results import THROUGHPUT_BATCH, figures
 from limbeck.data import Data, load_data
-from limbeck.distill import PARITY_SAMPLES
 from limbeck.engine import Engine, choose_device
 from limbeck.errors import Problem, UsageError
 from limbeck.export import export_model
@@ -19,6 +18,7 @@ from limbeck.models import Model, load_saved
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
 from limbeck.run import read_json, write_json
+from limbeck.spine import PARITY_SAMPLES
 
 __all__ = ["evaluate_run", "export_run"]
 

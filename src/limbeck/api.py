@@ -12,13 +12,13 @@ from torch import nn
 
 from limbeck._folder import finished, next_free, refuse_taken
 from limbeck.data import Data, data_from_python, load_data
-from limbeck.distill import Job, execute
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, load_saved, wrap_module
 from limbeck.progress import Progress
 from limbeck.randomness import forked
 from limbeck.reading import absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
+from limbeck.spine import Job, execute
 
 __all__ = ["Result", "distill", "load", "train"]
 

@@ -346,7 +346,7 @@ def _run(
     except UsageError as error:
         raise UsageError([*error.problems, *problems]) from None
     _raise(problems)
-    from limbeck.distill import run_recipe
+    from limbeck.spine import run_recipe
 
     progress = "plain" if plain else "auto"
     result = run_recipe(loaded, base=base, out=folder, resume=resume, seeds=number, progress=progress, dry_run=dry_run, command=command)

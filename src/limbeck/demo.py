@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from limbeck._folder import next_free, refuse_taken
-from limbeck.distill import run_into
 from limbeck.progress import Progress
 from limbeck.reading import build_recipe
+from limbeck.spine import run_into
 
 __all__ = ["demo"]
 

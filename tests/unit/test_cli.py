@@ -38,7 +38,7 @@ def process(*arguments: str, cwd: Path, script: str | None = None) -> subprocess
 def spine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A spine that records how it was called and does nothing."""
     calls: dict[str, Any] = {}
-    module = ModuleType("limbeck.distill")
+    module = ModuleType("limbeck.spine")
 
     def run_recipe(recipe: Any, **arguments: Any) -> dict[str, Any]:
         print("a library that prints")
@@ -49,7 +49,7 @@ def spine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return {"verdict": "fine", "gap_closed": float("nan"), "path": Path("x")}
 
     module.run_recipe = run_recipe  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "limbeck.distill", module)
+    monkeypatch.setitem(sys.modules, "limbeck.spine", module)
     return calls
 
 

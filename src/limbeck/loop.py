@@ -395,7 +395,7 @@ def _refuse_nan(loss: Tensor, terms: dict[str, Tensor], outputs: Outputs, signal
             where, rows = what, bad
             break
     raise NonFinite(
-        f"Step {step} of the {role}: the term {' and '.join(named)} is {float(loss)}; {where} has NaN or infinity for {_ids(part, rows)}. "
+        f"Step {step} of the {role}: the term {' and '.join(named)} is {float(loss.detach())}; {where} has NaN or infinity for {_ids(part, rows)}. "
         "The weights were not touched, and the last checkpoint is kept. Lower train.lr, set train.clip_norm, or look at these samples."
     )
 

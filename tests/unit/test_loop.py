@@ -14,11 +14,11 @@ from torch import nn
 
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, NonFinite
+from limbeck.loop import Average, cuts, learning_rate
 from limbeck.models import state_hash, wrap_module
 from limbeck.objective import Objective
 from limbeck.recipe import Term
 from limbeck.teacher import LiveTeacher
-from limbeck.train import Average, cuts, learning_rate
 from support import KD_MIX, Big, Small, made, run_fit, settings, state_bytes, tensors, toy_data
 
 
@@ -247,7 +247,7 @@ def test_the_average_covers_batch_statistics() -> None:
 
 
 def test_no_decay_on_vectors() -> None:
-    from limbeck.train import decay_groups
+    from limbeck.loop import decay_groups
 
     decayed, free = decay_groups([made(Big, "x")], 0.1)
     assert decayed["weight_decay"] == 0.1

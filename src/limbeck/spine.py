@@ -23,6 +23,7 @@ from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
 from limbeck.engine import Engine, check_precision, choose_device
 from limbeck.errors import Problem, UsageError
 from limbeck.export import export_model
+from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, build_model, class_map, save_model, state_hash, validate_paths
 from limbeck.objective import Objective, needs_of
 from limbeck.progress import Progress
@@ -31,7 +32,6 @@ from limbeck.recipe import Recipe
 from limbeck.report import write_report
 from limbeck.run import Log, commit_folder, provenance, read_json, write_atomic, write_json
 from limbeck.teacher import LiveTeacher
-from limbeck.train import Feed, Recorder, Trained, fit
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
 
@@ -305,9 +305,7 @@ def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device,
     if choice_file.is_file():
         engine = Engine(device, **read_json(choice_file))
     else:
-        engine, _ = student_choice(
-            teacher, None, objective, own.first_batch(recipe, with_teacher=False), device, recipe.train, recipe.seed
-        )
+        engine, _ = student_choice(teacher, None, objective, own.first_batch(recipe, with_teacher=False), device, recipe.train, recipe.seed)
         make(choice_file.parent)
         write_json(choice_file, {"precision": engine.precision, "layout": engine.layout})
     workers, _ = choose_workers(recipe.train.workers, job.data.train, own.augment)
