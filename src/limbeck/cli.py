@@ -83,7 +83,7 @@ def _top(
 
 @app.command()
 def demo(out: Out = None, json: Json = False) -> None:
-    """The main job on embedded data, from nothing, in about a minute."""
+    """The main job on digits, from nothing, in about a minute."""
 
     def work() -> dict[str, Any]:
         from limbeck.demo import demo as run_demo

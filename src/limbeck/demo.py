@@ -23,12 +23,11 @@ def demo(out: Path | None = None, progress: str = "auto") -> dict[str, Any]:
     refuse_taken(folder, False)
     with Progress(progress) as shown:
         shown.say("1 of 2: a teacher, trained on all labelled digits.")
-    common = {"source": "digits", "augment": "standard"}
     teacher = build_recipe(
         {
             "task": "image-classification",
             "student": {"model": f"python:{MODELS}:teacher"},
-            "data": common,
+            "data": {"source": "digits", "augment": "standard"},
             "objective": [{"loss": "cross_entropy", "weight": 1.0}],
             "train": {"epochs": 20, "batch_size": 64, "lr": 3e-3, "precision": "float32", "workers": 0},
             "export": [],
@@ -44,9 +43,9 @@ def demo(out: Path | None = None, progress: str = "auto") -> dict[str, Any]:
             "task": "image-classification",
             "teacher": {"model": f"run:{(folder / 'teacher-run').resolve()}"},
             "student": {"model": f"python:{MODELS}:student"},
-            "data": {**common, "labelled_limit": LABELLED},
+            "data": {"source": "digits", "labelled_limit": LABELLED},
             "objective": [{"loss": "kd", "weight": 0.9, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.1}],
-            "train": {"epochs": 20, "batch_size": 64, "lr": 5e-3, "precision": "float32", "workers": 0},
+            "train": {"epochs": 20, "batch_size": 64, "lr": 2e-2, "precision": "float32", "workers": 0},
         },
         command="distill",
         where="demo",

@@ -1,10 +1,9 @@
-"""Arrays in memory: NPZ files and the embedded digits."""
+"""Arrays in memory: NPZ files and the digits of scikit-learn."""
 
 from __future__ import annotations
 
 import difflib
 import zipfile
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from limbeck.data.ids import array_ids
 from limbeck.data.labels import Labels, from_array
 from limbeck.data.sources import ArrayImages, ImageList, Tensors, channels_last
 from limbeck.data.splits import Part, Role
-from limbeck.errors import Problem, listed, nearest
+from limbeck.errors import Problem, listed, missing_extra, nearest
 
 __all__ = ["digits", "images_part", "part_from_array", "read_npz"]
 
@@ -136,7 +135,11 @@ def _class_names(array: npt.NDArray[Any] | None, path: Path, problems: list[Prob
 def digits() -> tuple[dict[Role, Part], tuple[str, ...]]:
     """1,797 handwritten digits, 8 x 8, one channel (E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998; the
     test set, as in scikit-learn), grey levels 0 .. 16 scaled to 0 .. 255."""
-    with resources.files("limbeck.data").joinpath("digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        images, labels = archive["x"], archive["y"]
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise missing_extra("scikit-learn", "vision", "The data set 'digits'") from e
+    found = load_digits()
+    images, labels = np.round(found.images * (255 / 16)).astype(np.uint8), found.target
     values = Labels("digits", labels.astype(np.int64))
     return {"train": images_part(images[..., None], "digits", values)}, tuple(str(d) for d in range(10))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMS", "load_data"]
 
 FORMS = {
-    "digits": "1,797 handwritten digits, embedded",
+    "digits": "1,797 handwritten digits (from scikit-learn)",
     "npz": "arrays train_x, train_y, test_x, test_y in a NumPy file",
     "imagefolder": "one folder a class under train/ and test/ or val/",
     "csv": "a table with a header line",
