@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -12,14 +13,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import DiskFull
+from limbeck.errors import DiskFull, Problem, UsageError
 
-__all__ = ["Log", "commit_folder", "file_sha256", "provenance", "read_json", "write_atomic", "write_json"]
+__all__ = ["Log", "check_trackers", "commit_folder", "file_sha256", "provenance", "read_json", "write_atomic", "write_json"]
 
 
 @contextmanager
@@ -209,6 +210,16 @@ def _mlflow(folder: Path, config: dict[str, Any]) -> Any:
 
 
 _TRACKERS = {"wandb": _wandb, "mlflow": _mlflow}
+
+
+def check_trackers(names: Sequence[str]) -> list[str]:
+    """Refuse a tracker that is not installed; returns what a person should know about the others."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(Problem("track", f"{name} is not installed.", f"pip install {name}"))
+    if importlib.util.find_spec("tensorboard") is None:
+        return ['TensorBoard is not installed, so only log.jsonl is written (pip install "limbeck[track]").']
+    return []
 
 
 def _tracker_id(folder: Path) -> str:

@@ -30,7 +30,7 @@ from limbeck.progress import Progress
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
-from limbeck.run import Log, commit_folder, provenance, read_json, write_atomic, write_json
+from limbeck.run import Log, check_trackers, commit_folder, provenance, read_json, write_atomic, write_json
 from limbeck.teacher import LiveTeacher
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
@@ -112,7 +112,13 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     _check_layers(recipe, student, teacher)
     parts = Parts(recipe, data, student.preprocessing, None if teacher is None else teacher.preprocessing)
     objective = parts.objective(student, teacher, recipe.seed)
-    notes = [*data.notes, *student.notes, *(teacher.notes if teacher is not None else []), *_warnings(student, teacher, to_train)]
+    notes = [
+        *check_trackers(recipe.track),
+        *data.notes,
+        *student.notes,
+        *(teacher.notes if teacher is not None else []),
+        *_warnings(student, teacher, to_train),
+    ]
     facts = {"data": data.fingerprint, "teacher": None if teacher is None else teacher.weights_sha256, "seeds": job.seeds}
     recorded = matches(job.out, recipe, facts)
     for note in notes:
