@@ -14,7 +14,7 @@ from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe
 from limbeck.run import disk_errors, read_json
 
-__all__ = ["Stop", "finished", "matches", "next_free", "refuse_taken"]
+__all__ = ["Stop", "begun_seeds", "finished", "matches", "next_free", "refuse_taken", "same_run"]
 
 
 def finished(folder: Path) -> bool:
@@ -75,10 +75,19 @@ def read_recipe(folder: Path) -> Recipe:
     return absolute(recipe_from_yaml(folder / "recipe.yaml"), folder)
 
 
-def same_recipe(out: Path, recipe: Recipe) -> None:
-    """Refuse a recipe that differs from the finished run's."""
+def begun_seeds(out: Path) -> int:
+    """How many seeds a run was begun with; 1 where none was begun."""
+    environment = read_json(out / "environment.json") if (out / "environment.json").is_file() else {}
+    return int(environment.get("facts", {}).get("seeds", 1))
+
+
+def same_run(out: Path, recipe: Recipe, seeds: int) -> None:
+    """Refuse a recipe, or a number of seeds, that differs from the finished run's."""
     recorded = read_recipe(out)
     problems = [Problem("--resume", text) for text in differences(recorded, _measured_from(recipe, recorded))]
+    before = len(read_json(out / "metrics.json")["seeds"])
+    if before != seeds:
+        problems.append(Problem("--resume", f"this run has {before} seeds, and {seeds} were asked for.", "Name another --out."))
     if problems:
         raise UsageError(problems)
 

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from safetensors.torch import load_model
 from torch import nn
 
-from limbeck._folder import finished, next_free, refuse_taken
+from limbeck._folder import finished, next_free, refuse_taken, same_run
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
-from limbeck.models import Model, build_model, load_saved, wrap_module
+from limbeck.models import Model, build_model, load_saved, state_hash, wrap_module
 from limbeck.progress import Progress
 from limbeck.randomness import forked
 from limbeck.reading import absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
+from limbeck.run import read_json
 from limbeck.spine import Job, execute
 
 __all__ = ["Result", "distill", "load", "train"]
@@ -119,12 +122,11 @@ def distill(
                 task=recipe.task, train=train, test=test, valid=valid, unlabelled=unlabelled, classes=classes, spec=recipe.data
             )
         )
-        last: list[Model] = []
+        built: dict[int, Model] = {}
 
         def build_student(seed: int) -> Model:
-            model = _model(student, recipe, "student", loaded, seed, base, tokenizer)
-            last[:] = [model]
-            return model
+            built[seed] = _model(student, recipe, "student", loaded, seed, base, tokenizer)
+            return built[seed]
 
         job = Job(
             recipe=recipe,
@@ -138,12 +140,25 @@ def distill(
             seeds=seeds,
         )
         if finished(folder):
+            same_run(folder, recipe, seeds)
             shown.say(f"{folder} is finished; nothing is left to do.")
-            from limbeck.run import read_json
+            metrics = dict(read_json(folder / "metrics.json"))
+        else:
+            metrics = execute(job, shown)
+        best = metrics.get("best_seed", recipe.seed)
+        return Result(metrics, folder, _holding(built.get(best) or build_student(best), folder))
 
-            return Result(read_json(folder / "metrics.json"), folder, load(folder))
-        metrics = execute(job, shown)
-    return Result(metrics, folder, last[0].module.eval())
+
+def _holding(model: Model, folder: Path) -> nn.Module:
+    """The student that stands in ``folder``: ``model`` itself where it was trained just now, else as it is read back."""
+    about = read_json(folder / "student" / "model.json")
+    if state_hash(model.module) == about["weights_sha256"]:
+        return model.module.eval()
+    if model.kind != "module":
+        return load(folder)
+    model.module.to(getattr(torch, about["dtype"]))
+    load_model(model.module, folder / "student" / "model.safetensors")
+    return model.module.eval()
 
 
 def train(*, student: ModelLike, train: Any = None, **arguments: Any) -> Result:

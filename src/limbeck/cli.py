@@ -357,12 +357,12 @@ def _any(options: dict[str, Any], sets: Sequence[str]) -> bool:
     return bool(sets) or any(value is not None for value in options.values())
 
 
-def _seeds(text: str | None) -> tuple[list[Problem], int]:
+def _seeds(text: str | None) -> tuple[list[Problem], int | None]:
     if text is None:
-        return [], 1
+        return [], None
     if text.isascii() and text.isdigit() and 1 <= int(text) <= 1000:
         return [], int(text)
-    return [Problem("--seeds", f"got '{text}', expected a whole number of at least 1 and at most 1000.")], 1
+    return [Problem("--seeds", f"got '{text}', expected a whole number of at least 1 and at most 1000.")], None
 
 
 def _out_problems(out: str | None, resume: bool) -> list[Problem]:

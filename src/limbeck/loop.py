@@ -395,7 +395,8 @@ def _refuse_nan(loss: Tensor, terms: dict[str, Tensor], outputs: Outputs, signal
             where, rows = what, bad
             break
     raise NonFinite(
-        f"Step {step} of the {role}: the term {' and '.join(named)} is {float(loss.detach())}; {where} has NaN or infinity for {_ids(part, rows)}. "
+        f"Step {step + 1} of the {role}: the term {' and '.join(named)} is {float(loss.detach())}; "
+        f"{where} has NaN or infinity for {_ids(part, rows)}. "
         "The weights were not touched, and the last checkpoint is kept. Lower train.lr, set train.clip_norm, or look at these samples."
     )
 
@@ -404,8 +405,9 @@ def _bad_gradient(module: nn.Module, objective: Objective, batch: Batch, step: i
     named = [*module.named_parameters(), *objective.named_parameters()]
     bad = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
     return (
-        f"Step {step} of the {role}: the loss is finite but the gradient of {', '.join(bad[:4])}{' and more' if len(bad) > 4 else ''} is not, for "
-        f"{_ids(batch, batch.mask)}. The weights were not touched, and the last checkpoint is kept. Lower train.lr or use precision: float32."
+        f"Step {step + 1} of the {role}: the loss is finite but the gradient of {', '.join(bad[:4])}{' and more' if len(bad) > 4 else ''} "
+        f"is not, for {_ids(batch, batch.mask)}. The weights were not touched, and the last checkpoint is kept. "
+        "Lower train.lr or use precision: float32."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from limbeck import checkpoint
 from limbeck._choices import choose, explicit, resolved, snapshot, student_choice
-from limbeck._folder import Stop, finished, make, matches, next_free, refuse_taken, same_recipe
+from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
 from limbeck._parts import Parts
 from limbeck._results import THROUGHPUT_BATCH, figures, joint_metrics, seed_metrics
 from limbeck.analysis import analyse
@@ -61,25 +61,28 @@ def run_recipe(
     base: Path,
     out: Path | None = None,
     resume: bool = False,
-    seeds: int = 1,
+    seeds: int | None = None,
     progress: str = "auto",
     dry_run: bool = False,
     command: str = "distill",
 ) -> dict[str, Any]:
-    """Run a recipe; returns its metrics (``metrics.json``). base: the folder that relative paths of the recipe start from."""
+    """Run a recipe; returns its metrics (``metrics.json``). base: the folder that relative paths of the recipe start from.
+
+    seeds: None is one, or on resume as many as the run was begun with.
+    """
     out = out or next_free(Path("runs"), _run_name(recipe, command))
     refuse_taken(out, resume)
     return run_into(recipe, base=base, out=out, resume=resume, seeds=seeds, progress=progress, dry_run=dry_run)
 
 
 def run_into(
-    recipe: Recipe, *, base: Path, out: Path, resume: bool = False, seeds: int = 1, progress: str = "auto", dry_run: bool = False
+    recipe: Recipe, *, base: Path, out: Path, resume: bool = False, seeds: int | None = None, progress: str = "auto", dry_run: bool = False
 ) -> dict[str, Any]:
     """:func:`run_recipe` into a folder that the caller has judged."""
-    recipe = absolute(recipe, base)
+    recipe, seeds = absolute(recipe, base), seeds or begun_seeds(out)
     with Progress(progress) as shown:
         if finished(out):
-            same_recipe(out, recipe)
+            same_run(out, recipe, seeds)
             shown.say(f"{out} is finished; nothing is left to do.")
             return dict(read_json(out / "metrics.json"))
         data = load_data(recipe.data, recipe.task, base)
@@ -127,12 +130,14 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
         return _dry_run(job, student, teacher, parts, progress)
 
     stop = Stop()
+    resumed: dict[str, list[int]] = {}
     make(job.out)
     with stop.listening():
         if recorded is None:
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
+            write_json(job.out / "environment.json", {"facts": facts})
         if teacher is not None and to_train:
-            teacher = _train_teacher(job, teacher, parts, device, progress, stop)
+            teacher, resumed["teacher"] = _train_teacher(job, teacher, parts, device, progress, stop)
             columns = None
         environment = recorded[1] if recorded is not None else {}
         if recorded is None or "choices" not in environment:
@@ -150,7 +155,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
             engines = explicit(recipe, device)
         parts.recipe = recipe
         asked = None if teacher is None else LiveTeacher(teacher, engines["teacher"], columns)
-        shared = _Shared(parts, engines["student"], asked, notes, environment, progress, stop, began)
+        shared = _Shared(parts, engines["student"], asked, notes, environment, progress, stop, began, resumed)
         result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, student, shared)
         if asked is not None:
             asked.check_untouched()
@@ -171,6 +176,7 @@ class _Shared:
     progress: Progress
     stop: Stop
     began: float
+    resumed: dict[str, list[int]]
     teacher_figures: dict[str, Any] = field(default_factory=dict)
     teacher_logits: np.ndarray[Any, Any] | None = None
 
@@ -202,7 +208,9 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             student.module.load_state_dict(initial)
             trained["baseline"] = _train_role("baseline", folder, recipe, student, parts.baseline_objective(), None, shared, log)
         runs = {role: run for role, (run, _) in trained.items()}
-        environment = {**shared.environment, "seed": recipe.seed, "resumed_from": {role: run.resumed_from for role, run in runs.items()}}
+        resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
+        steps = [step for found in resumed.values() for step in found]
+        environment = {**shared.environment, "seed": recipe.seed, "resumed_from": steps, "resumed": resumed}
         write_json(folder / "environment.json", environment)
 
         logits: dict[str, np.ndarray[Any, Any]] = {}
@@ -224,6 +232,8 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             shared.progress.say(f"exporting {', '.join(recipe.export)}")
             inputs = {k: v.float() if v.is_floating_point() else v for k, v in parts.sample_inputs(PARITY_SAMPLES).items()}
             exported = export_model(student, list(recipe.export), folder / "export", inputs=inputs, classes=data.classes, task=recipe.task)
+            shared.exact.place(student.module)
+            student.module.load_state_dict(trained["student"][1])
         result = seed_metrics(
             recipe,
             data,
@@ -298,8 +308,11 @@ def _teacher(job: Job) -> tuple[Model | None, np.ndarray[Any, Any] | None, bool]
     return job.build_teacher(True), None, True
 
 
-def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device, progress: Progress, stop: Stop) -> Model:
-    """Fine-tune the teacher on the labelled rows with cross entropy (``teacher.train``); committed as ``out/teacher``, once for all seeds."""
+def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device, progress: Progress, stop: Stop) -> tuple[Model, list[int]]:
+    """Fine-tune the teacher on the labelled rows with cross entropy (``teacher.train``); committed as ``out/teacher``, once for all seeds.
+
+    Returns it, and the steps from which its training was resumed.
+    """
     assert job.recipe.teacher is not None
     assert job.recipe.teacher.train is not None
     given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
@@ -319,12 +332,12 @@ def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device,
     try:
         recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, own.validation(teacher, engine))
         feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
-        _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes)
+        trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes)
     finally:
         log.close()
     teacher.weights_sha256 = state_hash(teacher.module)
     teacher.classes = job.data.classes
-    return teacher
+    return teacher, trained.resumed_from
 
 
 def _evaluate_teacher(shared: _Shared) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
@@ -364,7 +377,9 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
                 commit_folder(Path(temporary) / name, job.out / name)
     for name in ("analysis.json", "log.jsonl"):
         write_atomic(job.out / name, (children[best] / name).read_bytes())
-    write_json(job.out / "environment.json", {**shared.environment, "seed": recipe.seed, "best_seed": recipe.seed + best})
+    resumed = [step for child in children for step in read_json(child / "environment.json")["resumed_from"]]
+    about = {"seed": recipe.seed, "best_seed": recipe.seed + best, "resumed_from": resumed}
+    write_json(job.out / "environment.json", {**shared.environment, **about})
     write_json(job.out / "metrics.json", result)
     write_report([job.out], job.out / "report.html")
     shutil.rmtree(job.out / "checkpoints", ignore_errors=True)

@@ -166,7 +166,7 @@ def test_nan_in_the_teacher_stops_at_that_step_and_names_it(tmp_path: Path) -> N
         return logits
 
     teacher.model.module.forward = poisoned  # type: ignore[method-assign]
-    with pytest.raises(NonFinite, match=r"Step 5 of the student: the term kd .* the teacher's logits .* sample [0-9a-f]{32}"):
+    with pytest.raises(NonFinite, match=r"Step 6 of the student: the term kd .* the teacher's logits .* sample [0-9a-f]{32}"):
         run_fit(tmp_path, data=data, teacher=teacher)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     student = wrap_module(made(Small, "student"), role="student", data=data)
@@ -192,7 +192,7 @@ def test_an_infinite_gradient_stops_before_the_weights_are_touched(tmp_path: Pat
     data = toy_data()
     module = made(Exploding, "student")
     before = state_bytes(module)
-    with pytest.raises(NonFinite, match=r"Step 0 of the student: the loss is finite but the gradient of body.weight"):
+    with pytest.raises(NonFinite, match=r"Step 1 of the student: the loss is finite but the gradient of body.weight"):
         run_fit(tmp_path, data=data, student=wrap_module(module, role="student", data=data))
     assert state_bytes(module) == before
 

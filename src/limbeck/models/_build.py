@@ -436,7 +436,9 @@ def _preprocessing_of(module: nn.Module, role: Role, data: Data, tokenizer: Any,
     if data.kind == "text":
         source = tokenizer if tokenizer is not None else _home(module)
         if source is None:
-            raise UsageError(Problem(role, "a module on text needs its tokenizer.", f"Pass {role}_tokenizer=."))
+            raise UsageError(
+                Problem(role, "a module on text needs its tokenizer.", "Pass tokenizer=, a folder or a tokenizer of transformers.")
+            )
         if isinstance(source, str | Path):
             folder = Path(source).expanduser().resolve() if Path(source).expanduser().is_dir() else None
             source, stored = _tokens.read_tokenizer(str(folder or source), folder, role)

@@ -166,7 +166,7 @@ def _check_network(name: Name, where: str) -> None:
 def _near(name: Name) -> str:
     from limbeck.models._vision import timm_names, torchvision_names
 
-    hint = nearest(name.given, SHORT_NAMES)
+    hint = "" if name.given in SHORT_NAMES else nearest(name.given, SHORT_NAMES)
     if hint or "/" in name.given or name.given.startswith("hf:"):
         return hint or "Download it on a machine with a network and name the folder."
     for library, names in (("torchvision", torchvision_names), ("timm", timm_names)):

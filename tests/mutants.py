@@ -1,0 +1,312 @@
+"""Break the code on purpose, one known way at a time: for each, a named test must go red.
+
+    python tests/mutants.py              all of them
+    python tests/mutants.py NAME ...     these
+
+A test suite that stays green when the temperature's square is gone proves nothing about it. Each mutant is the text of one place in ``src``,
+which must occur there exactly once, and what stands there instead. The tree is copied once into a temporary folder; the named tests run in
+the copy, on the copy's package, first as it is (green), then with each mutant (red). Exit code 1 if any mutant is not caught.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 600  # seconds, of one run of pytest
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to be silently wrong. file: below ``src/limbeck``; tests: below ``tests`` (or ``src/...`` for doctests)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+LOSSES = ("unit/test_losses.py", "reference/test_losses.py")
+OBJECTIVE = ("unit/test_objective.py",)
+LOOP = ("unit/test_loop.py",)
+TEACHER = ("unit/test_teacher.py",)
+SPINE = ("unit/test_spine.py",)
+VIEWS = ("unit/test_data_views.py",)
+BATCHES = ("unit/test_data_batches.py",)
+SPLITS = ("unit/test_data_splits.py",)
+CHECKPOINT = ("unit/test_checkpoint.py",)
+
+MUTANTS = (
+    # --- losses
+    Mutant("no-temperature-squared", "losses/logits.py", "return temperature**2 * divergence", "return divergence", LOSSES),
+    Mutant(
+        "student-detached",
+        "losses/logits.py",
+        "log_student = F.log_softmax(raised(student) / temperature",
+        "log_student = F.log_softmax(raised(student).detach() / temperature",
+        LOSSES,
+    ),
+    Mutant("kl-swapped", "losses/logits.py", "_kl(log_teacher, log_student)", "_kl(log_student, log_teacher)", LOSSES),
+    Mutant("teacher-not-softened", "losses/logits.py", "raised(teacher).detach() / temperature", "raised(teacher).detach()", LOSSES),
+    Mutant("teacher-gets-gradient", "losses/logits.py", "raised(teacher).detach() / temperature", "raised(teacher) / temperature", LOSSES),
+    Mutant("losses-in-half", "losses/_seam.py", "return x.float() if x.dtype in", "return x if x.dtype in", LOSSES),
+    Mutant(
+        "label-smoothing-ignored",
+        "losses/logits.py",
+        'weight, label_smoothing=label_smoothing, reduction="none"',
+        'weight, reduction="none"',
+        LOSSES,
+    ),
+    Mutant(
+        "class-weights-ignored-after-mixup",
+        "losses/logits.py",
+        "    if weight is not None:\n        target = target * weight\n",
+        "",
+        LOSSES,
+    ),
+    Mutant("hint-not-projected", "losses/features.py", "student = self.projection(raised(student))", "student = raised(student)", LOSSES),
+    # --- the objective
+    Mutant(
+        "mask-dropped",
+        "objective.py",
+        'samples = batch.labelled if "labels" in self.entry.reads else batch.mask',
+        'samples = batch.labelled if "labels" in self.entry.reads else torch.ones_like(batch.mask)',
+        OBJECTIVE,
+    ),
+    Mutant("mask-dropped-for-labels", "types.py", "return known & self.mask", "return known", OBJECTIVE),
+    Mutant("padding-counted", "objective.py", '& batch.student["attention_mask"].bool()', '& batch.student["attention_mask"].ge(0)', OBJECTIVE),
+    Mutant("divided-by-the-microbatch", "objective.py", "/ max(counts[term.name], 1)", "/ max(len(values), 1)", OBJECTIVE),
+    Mutant("divided-by-all-rows", "objective.py", "int(t.selection(batch).sum())", "t.selection(batch).numel()", OBJECTIVE),
+    Mutant("mixed-unlabelled-as-labelled", "types.py", "self.labels.sum(-1) > 0", "self.labels.sum(-1) >= 0", OBJECTIVE),
+    Mutant("unlabelled-as-labelled", "types.py", "known = self.labels >= 0 if", "known = self.labels >= -1 if", OBJECTIVE),
+    Mutant("schedules-ignored", "objective.py", "return value.start * (1 - done) + value.end * done", "return value.start", OBJECTIVE),
+    Mutant(
+        "losses-under-autocast", "objective.py", "student.logits.device.type, enabled=False", "student.logits.device.type, enabled=True", OBJECTIVE
+    ),
+    Mutant("baseline-with-the-students-weight", "objective.py", 'model_copy(update={"weight": 1.0})', "model_copy(update={})", OBJECTIVE),
+    Mutant("class-weights-not-balanced", "objective.py", "counts.sum() / (occurring * counts.clamp(min=1))", "1.0 * (counts > 0)", OBJECTIVE),
+    # --- the teacher
+    Mutant("teacher-in-train-mode", "teacher.py", "self.model.module.eval()", "self.model.module.train()", (*LOOP, *TEACHER)),
+    Mutant("class-map-not-applied", "teacher.py", "logits = logits.index_select(-1, self._columns)", "pass", TEACHER),
+    Mutant(
+        "class-map-not-evaluated",
+        "teacher.py",
+        "return logits if self._columns is None else logits[:, self._columns.cpu().numpy()]",
+        "return logits",
+        TEACHER,
+    ),
+    Mutant(
+        "class-map-inverted",
+        "models/_labels.py",
+        "found = np.array([position[name] for name in data_names], dtype=np.int64)",
+        "found = np.argsort([position[name] for name in data_names])",
+        ("unit/test_models_python.py",),
+    ),
+    Mutant("teacher-sees-the-students-inputs", "teacher.py", "batch.view, batch.teacher or {}, None", "batch.view, batch.student, None", TEACHER),
+    Mutant("teacher-change-not-noticed", "teacher.py", "if state_hash(self.model.module) != self._before:", "if False:", LOOP),
+    # --- order, views, batches
+    Mutant("view-without-seed", "data/views.py", 'uniform(ids, 2, data_seed, "crop", view)', 'uniform(ids, 2, 0, "crop", view)', VIEWS),
+    Mutant("view-without-number", "data/views.py", 'uniform(ids, 2, data_seed, "crop", view)', 'uniform(ids, 2, data_seed, "crop")', VIEWS),
+    Mutant(
+        "view-by-place-in-the-batch",
+        "data/views.py",
+        'uniform(ids, 1, data_seed, "flip", view)',
+        'uniform(np.arange(len(ids), dtype=np.uint64), 1, data_seed, "flip", view)',
+        VIEWS,
+    ),
+    Mutant("mixup-labels-swapped", "data/batches.py", "((rows, share), (other, 1.0 - share))", "((other, share), (rows, 1.0 - share))", VIEWS),
+    Mutant(
+        "mixup-share-without-view",
+        "data/batches.py",
+        'self._augment.mixup, self._seed, "mixup", request.view)',
+        'self._augment.mixup, self._seed, "mixup")',
+        VIEWS,
+    ),
+    Mutant(
+        "order-without-epoch",
+        "data/batches.py",
+        'order(self._count, self.seed, "order", epoch)',
+        'order(self._count, self.seed, "order")',
+        BATCHES,
+    ),
+    Mutant("view-never-changes", "data/batches.py", "epoch if self.views is None else epoch % self.views", "0", BATCHES),
+    Mutant("mean-not-subtracted", "data/batches.py", "out[:, channel] -= kind(mean / std)", "pass", BATCHES),
+    Mutant(
+        "teacher-gets-the-students-preparation",
+        "data/batches.py",
+        'teacher = student if self._shared else prepare("teacher", self._teacher)',
+        "teacher = student",
+        BATCHES,
+    ),
+    Mutant(
+        "padding-attended",
+        "data/text.py",
+        "torch.from_numpy(mask.astype(np.int64))",
+        "torch.from_numpy(np.ones_like(mask, dtype=np.int64))",
+        BATCHES,
+    ),
+    Mutant("duplicates-on-both-sides", "data/splits.py", "first, group = groups(ids)", "first = group = np.arange(len(ids))", SPLITS),
+    Mutant(
+        "all-labels-kept",
+        "data/splits.py",
+        "labels[labelled[ranked[spec.labelled_limit :]]] = UNLABELLED",
+        "pass",
+        SPLITS,
+    ),
+    # --- the loop
+    Mutant(
+        "dropout-seed-forgotten",
+        "loop.py",
+        'torch.manual_seed(seed_for(seed, "dropout", request.step, micro, 0))',
+        "pass",
+        LOOP,
+    ),
+    Mutant("dropout-without-microbatch", "loop.py", '"dropout", request.step, micro, 0)', '"dropout", request.step, 0, 0)', LOOP),
+    Mutant("student-left-in-eval", "loop.py", "        state.module.train()\n", "", LOOP),
+    Mutant("warm-up-ignored", "loop.py", "warm = round(settings.warmup * total)", "warm = 0", LOOP),
+    Mutant("learning-rate-not-set", "loop.py", 'group["lr"] = lr', "pass", LOOP),
+    Mutant("weight-decay-on-biases", "loop.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', LOOP),
+    Mutant("gradient-not-clipped", "loop.py", "torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)", "pass", LOOP),
+    Mutant(
+        "average-without-buffers",
+        "loop.py",
+        "floats = [name for name, value in self.values.items() if value.is_floating_point()]",
+        "floats = [name for name, _ in self.module.named_parameters()]",
+        LOOP,
+    ),
+    Mutant(
+        "average-not-validated",
+        "loop.py",
+        "        self.module.load_state_dict(self.average.values)\n        try:",
+        "        try:",
+        LOOP,
+    ),
+    Mutant(
+        "average-not-exported",
+        "loop.py",
+        "        elif self.average is not None:\n            self.module.load_state_dict(self.average.values)",
+        "",
+        LOOP,
+    ),
+    Mutant("last-epoch-instead-of-best", "loop.py", "        if self.best is not None:\n", "        if False:\n", LOOP),
+    Mutant(
+        "objective-not-trained", "loop.py", "optimizer = _optimizer(settings, [module, objective])", "optimizer = _optimizer(settings, [module])", LOOP
+    ),
+    # --- resume
+    Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", LOOP),
+    Mutant("resume-without-average", "loop.py", 'value.copy_(saved["average"][name])', "pass", LOOP),
+    Mutant("resume-without-best", "loop.py", 'self.best = saved["best"]', "pass", LOOP),
+    Mutant("resume-without-projection", "loop.py", 'self.objective.load_state_dict(saved["objective"])', "pass", LOOP),
+    Mutant("resume-without-log-cut", "loop.py", 'recorder.log.cut(found[1]["log_offset"])', "pass", LOOP),
+    Mutant("restart-without-log-cut", "loop.py", "recorder.log.cut_role(recorder.role)", "pass", LOOP),
+    Mutant("checkpoint-not-checked", "checkpoint.py", 'if file_sha256(candidate / name) != manifest["files"][name]:', "if False:", CHECKPOINT),
+    Mutant("moments-lose-their-strides", "checkpoint.py", "value.stride() != parameter.stride()", "False", CHECKPOINT),
+    Mutant("resume-on-other-data", "_folder.py", "if before is not None and before != now:", "if False:", SPINE),
+    # --- the spine: fair baseline, honest numbers, the right file
+    Mutant(
+        "baseline-from-trained-weights",
+        "spine.py",
+        '            student.module.load_state_dict(initial)\n            trained["baseline"]',
+        '            trained["baseline"]',
+        SPINE,
+    ),
+    Mutant("baseline-with-fewer-steps", "_parts.py", "epochs=steps, batch_size=recipe.train.batch_size, seed=recipe.seed, total_steps=steps", "epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed", SPINE),
+    Mutant("chosen-on-the-test-split", "_parts.py", "split = self.data.valid\n", "split = self.data.test\n", SPINE),
+    Mutant("student-evaluated-as-baseline", "spine.py", "student.module.load_state_dict(trained[role][1])", "pass", SPINE),
+    Mutant("agreement-with-oneself", "_results.py", 'agreement(logits[role], logits["teacher"])', "agreement(logits[role], logits[role])", SPINE),
+    Mutant("best-seed-is-the-first", "_results.py", "best = max(range(len(results)), key=", "best = min(range(len(results)), key=", SPINE),
+    Mutant("gap-of-the-student", "verdict.py", "round((student - baseline) / (teacher - baseline), 12)", "round((student - baseline) / teacher, 12)", ("../src/limbeck/verdict.py",)),
+    Mutant("saved-weights-not-checked", "models/_saved.py", "elif file_sha256(folder / name) != recorded:", "elif False:", ("unit/test_models_vision.py::test_what_changed_on_disk_is_refused",)),
+    Mutant("parity-of-any-file", "export/parity.py", "RELATIVE_TOLERANCE = 1e-4", 'RELATIVE_TOLERANCE = float("inf")', ("unit/test_export.py::test_the_tolerance_grows_with_the_largest_logit", "unit/test_export.py::test_a_spoiled_export_is_refused_with_the_figures")),
+    Mutant("exported-in-train-mode", "export/_job.py", "    twin.eval()  # its", "    twin.train()  # its", ("unit/test_export.py::test_every_file_answers_as_the_student_at_sizes_never_seen",)),
+)  # fmt: skip
+
+
+def main(names: list[str]) -> int:
+    unknown = sorted(set(names) - {m.name for m in MUTANTS})
+    if unknown:
+        print(f"There is no mutant {', '.join(unknown)}; there are: {', '.join(m.name for m in MUTANTS)}.")
+        return 2
+    chosen = [m for m in MUTANTS if m.name in names] if names else list(MUTANTS)
+    with tempfile.TemporaryDirectory(prefix="limbeck-mutants-") as folder:
+        copy = Path(folder).resolve()
+        _copy_tree(copy)
+        print(f"{len(chosen)} mutants in a copy of the tree", flush=True)
+        print(f"{'mutant':<40} {'tests':<6} {'seconds':>7}  first failing test", flush=True)
+        started = time.perf_counter()
+        alive = _show("(none)", "green", *_run(copy, dict.fromkeys(t for m in chosen for t in m.tests), stop=False))
+        for mutant in chosen:
+            path = copy / "src/limbeck" / mutant.file
+            text = path.read_text(encoding="utf-8")
+            if text.count(mutant.old) != 1:
+                alive += _show(mutant.name, "red", f"the old text occurs {text.count(mutant.old)} times in {mutant.file}", "", 0.0)
+                continue
+            path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+            try:
+                alive += _show(mutant.name, "red", *_run(copy, mutant.tests))
+            finally:
+                path.write_text(text, encoding="utf-8")
+        print(f"{alive} not as expected; {time.perf_counter() - started:.0f} s in all")
+    return 1 if alive else 0
+
+
+def _show(name: str, expected: str, colour: str, first: str, seconds: float) -> int:
+    """Print a row; 1 where the outcome is not the expected one."""
+    good = colour == expected
+    print(f"{name:<40} {colour if good else colour.upper():<6} {seconds:>7.1f}  {first}", flush=True)
+    return int(not good)
+
+
+def _copy_tree(copy: Path) -> None:
+    """What git tracks or would track (no environments, data or runs), with byte code that is checked by hash: a mutant made within a second
+    of another, of the same length, must not be run from the other's byte code."""
+    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in listed.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "src"]
+    subprocess.run(command, cwd=copy, check=True)
+
+
+# The package that is installed points to the original tree; that the copy's is tested is checked in the process that tests it.
+_PYTEST = """
+import pathlib, sys, limbeck, pytest
+found = pathlib.Path(limbeck.__file__).resolve()
+assert found.is_relative_to(pathlib.Path.cwd() / "src"), f"{found} would be tested, not the copy"
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def _run(copy: Path, tests: Iterable[str], *, stop: bool = True) -> tuple[str, str, float]:
+    """``green``, ``red``, or what else happened; the first failing test; seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    paths = [os.path.normpath(f"tests/{t}") for t in tests]
+    command = [sys.executable, "-c", _PYTEST, *paths, "-rfE", "--tb=no", *(["-x"] if stop else [])]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return "hangs", f"more than {TIMEOUT} s", TIMEOUT
+    seconds = time.perf_counter() - started
+    if done.returncode == 0:
+        return "green", "", seconds
+    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed is not None:
+        return "red", failed[1].removeprefix("tests/"), seconds
+    # a mutant that cannot even be imported or collected shows nothing about the tests
+    return "broken", " ".join((done.stdout + done.stderr).split())[-300:], seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,175 @@
+"""Whole runs for the end-to-end tests: small data and models written to files, and the command line in this process or in its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from limbeck.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+NETS = '''
+import os
+import time
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Batch statistics, and dropout where asked for; slow on request, so that a signal finds it in mid-epoch."""
+
+    def __init__(self, width, num_classes, dropout=0.0):
+        super().__init__()
+        self.body = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x):
+        if self.training and not torch.jit.is_tracing():
+            time.sleep(float(os.environ.get("SLOW", "0")))
+        x = self.norm(self.body(x)).relu()
+        return self.head(self.drop(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)))
+
+
+def teacher(num_classes=3):
+    return Net(12, num_classes, 0.5)
+
+
+def student(num_classes=3, dropout=0.0):
+    return Net(4, num_classes, dropout)
+
+
+def plain(num_classes=3, size=64):
+    """No batch statistics; takes float arrays."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, 7), nn.Tanh(), nn.Linear(7, num_classes))
+'''
+
+NAMES = ("ant", "bee", "cat")
+
+
+def pictures(count: int, seed: int, size: int = 8) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(N, size, size) uint8 noise with a bright row whose place is the class, and (N,) labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    x = rng.integers(0, 120, (count, size, size), dtype=np.uint8)
+    for i, label in enumerate(labels):
+        x[i, (label * size) // 3 + 1] += 100
+    return x, labels
+
+
+def make_folder(folder: Path, train: int = 48) -> Path:
+    """``nets.py`` and ``pictures.npz`` (all splits given) in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nets.py").write_text(NETS, encoding="utf-8")
+    np.savez(folder / "pictures.npz", **arrays(train))
+    return folder
+
+
+def arrays(train: int = 48) -> dict[str, np.ndarray[Any, Any]]:
+    splits = {"train": (train, 0), "test": (18, 1), "valid": (12, 2)}
+    return {f"{name}_{what}": value for name, how in splits.items() for what, value in zip("xy", pictures(*how), strict=True)}
+
+
+def recipe(folder: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
+    """A recipe file (JSON is YAML) in ``folder``; a change of a section is merged into it, None takes a key away."""
+    plain: dict[str, Any] = {
+        "teacher": {"model": "python:nets.py:teacher"},
+        "student": {"model": "python:nets.py:student"},
+        "data": {"source": "npz:pictures.npz"},
+        "train": {"epochs": 2, "batch_size": 16, "lr": 0.01, "precision": "float32", "log_every": 1},
+        "export": [],
+    }
+    for key, value in changes.items():
+        if value is None:
+            plain.pop(key, None)
+        elif isinstance(value, dict) and isinstance(plain.get(key), dict):
+            plain[key] = {**plain[key], **value}
+        else:
+            plain[key] = value
+    path = folder / name
+    path.write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    return path
+
+
+def limbeck(*arguments: Any) -> int:
+    """``limbeck ARGUMENTS`` in this process; the exit code. A bug keeps its traceback."""
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in arguments])
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+def run(command: str, *arguments: Any, out: Path) -> dict[str, Any]:
+    """A run that succeeds; its metrics.json."""
+    assert limbeck(command, *arguments, "--out", out) == 0
+    return read(out / "metrics.json")
+
+
+def start(*arguments: Any, program: tuple[str, ...] = ("-m", "limbeck"), **environment: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *program, *(str(a) for a in arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 120) -> None:
+    """Until ``happened()``, while the process lives."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines(run: Path, role: str | None = None) -> list[dict[str, Any]]:
+    """Whole lines of log.jsonl."""
+    path = run / "log.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in found if role is None or line.get("role") == role]
+
+
+def steps(run: Path, role: str) -> list[int]:
+    """The steps of a role that were logged with their loss."""
+    return [line["step"] for line in lines(run, role) if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a saved model as bytes."""
+    return {name: value.tobytes() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def left_over(folder: Path) -> list[str]:
+    """Files under temporary names."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.startswith(".") or p.name.endswith((".tmp", ".old"))]
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON document by its path."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    if not isinstance(tree, dict | list):
+        yield path, tree
+    for key, value in items:
+        yield from leaves(value, f"{path}.{key}" if path else str(key))

@@ -1,0 +1,19 @@
+"""The table of `make mutants` fits the code: every text that it replaces stands there exactly once."""
+
+from __future__ import annotations
+
+import pytest
+
+from mutants import MUTANTS, ROOT, Mutant
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_the_old_text_occurs_exactly_once(mutant: Mutant) -> None:
+    assert (ROOT / "src/limbeck" / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    assert mutant.new != mutant.old
+    for test in mutant.tests:
+        assert (ROOT / "tests" / test.split("::")[0]).is_file()
+
+
+def test_names_are_unique() -> None:
+    assert len({m.name for m in MUTANTS}) == len(MUTANTS)
