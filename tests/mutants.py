@@ -5,7 +5,8 @@
 
 A test suite that stays green when the temperature's square is gone proves nothing about it. Each mutant is the text of one place in ``src``,
 which must occur there exactly once, and what stands there instead. The tree is copied once into a temporary folder; the named tests run in
-the copy, on the copy's package, first as it is (green), then with each mutant (red). Exit code 1 if any mutant is not caught.
+the copy, on the copy's package, first as it is (green), then with each mutant (red), each time in a fork of a process that has imported torch
+and nothing of Limbeck. Exit code 1 if any mutant is not caught.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 600  # seconds, of one run of pytest
@@ -40,7 +46,7 @@ LOSSES = ("unit/test_losses.py", "reference/test_losses.py")
 OBJECTIVE = ("unit/test_objective.py",)
 LOOP = ("unit/test_loop.py",)
 TEACHER = ("unit/test_teacher.py",)
-SPINE = ("unit/test_spine.py",)
+BASELINE = ("unit/test_baseline.py",)
 VIEWS = ("unit/test_data_views.py",)
 BATCHES = ("unit/test_data_batches.py",)
 SPLITS = ("unit/test_data_splits.py",)
@@ -84,17 +90,25 @@ MUTANTS = (
         OBJECTIVE,
     ),
     Mutant("mask-dropped-for-labels", "types.py", "return known & self.mask", "return known", OBJECTIVE),
-    Mutant("padding-counted", "objective.py", '& batch.student["attention_mask"].bool()', '& batch.student["attention_mask"].ge(0)', OBJECTIVE),
+    Mutant(
+        "padding-counted", "objective.py", '& batch.student["attention_mask"].bool()', '& batch.student["attention_mask"].ge(0)', OBJECTIVE
+    ),
     Mutant("divided-by-the-microbatch", "objective.py", "/ max(counts[term.name], 1)", "/ max(len(values), 1)", OBJECTIVE),
     Mutant("divided-by-all-rows", "objective.py", "int(t.selection(batch).sum())", "t.selection(batch).numel()", OBJECTIVE),
     Mutant("mixed-unlabelled-as-labelled", "types.py", "self.labels.sum(-1) > 0", "self.labels.sum(-1) >= 0", OBJECTIVE),
     Mutant("unlabelled-as-labelled", "types.py", "known = self.labels >= 0 if", "known = self.labels >= -1 if", OBJECTIVE),
     Mutant("schedules-ignored", "objective.py", "return value.start * (1 - done) + value.end * done", "return value.start", OBJECTIVE),
     Mutant(
-        "losses-under-autocast", "objective.py", "student.logits.device.type, enabled=False", "student.logits.device.type, enabled=True", OBJECTIVE
+        "losses-under-autocast",
+        "objective.py",
+        "student.logits.device.type, enabled=False",
+        "student.logits.device.type, enabled=True",
+        OBJECTIVE,
     ),
     Mutant("baseline-with-the-students-weight", "objective.py", 'model_copy(update={"weight": 1.0})', "model_copy(update={})", OBJECTIVE),
-    Mutant("class-weights-not-balanced", "objective.py", "counts.sum() / (occurring * counts.clamp(min=1))", "1.0 * (counts > 0)", OBJECTIVE),
+    Mutant(
+        "class-weights-not-balanced", "objective.py", "counts.sum() / (occurring * counts.clamp(min=1))", "1.0 * (counts > 0)", OBJECTIVE
+    ),
     # --- the teacher
     Mutant("teacher-in-train-mode", "teacher.py", "self.model.module.eval()", "self.model.module.train()", (*LOOP, *TEACHER)),
     Mutant("class-map-not-applied", "teacher.py", "logits = logits.index_select(-1, self._columns)", "pass", TEACHER),
@@ -112,7 +126,13 @@ MUTANTS = (
         "found = np.argsort([position[name] for name in data_names])",
         ("unit/test_models_python.py",),
     ),
-    Mutant("teacher-sees-the-students-inputs", "teacher.py", "batch.view, batch.teacher or {}, None", "batch.view, batch.student, None", TEACHER),
+    Mutant(
+        "teacher-sees-the-students-inputs",
+        "teacher.py",
+        "batch.view, batch.teacher or {}, None",
+        "batch.view, batch.student, None",
+        TEACHER,
+    ),
     Mutant("teacher-change-not-noticed", "teacher.py", "if state_hash(self.model.module) != self._before:", "if False:", LOOP),
     # --- order, views, batches
     Mutant("view-without-seed", "data/views.py", 'uniform(ids, 2, data_seed, "crop", view)', 'uniform(ids, 2, 0, "crop", view)', VIEWS),
@@ -124,7 +144,9 @@ MUTANTS = (
         'uniform(np.arange(len(ids), dtype=np.uint64), 1, data_seed, "flip", view)',
         VIEWS,
     ),
-    Mutant("mixup-labels-swapped", "data/batches.py", "((rows, share), (other, 1.0 - share))", "((other, share), (rows, 1.0 - share))", VIEWS),
+    Mutant(
+        "mixup-labels-swapped", "data/batches.py", "((rows, share), (other, 1.0 - share))", "((other, share), (rows, 1.0 - share))", VIEWS
+    ),
     Mutant(
         "mixup-share-without-view",
         "data/batches.py",
@@ -200,7 +222,11 @@ MUTANTS = (
     ),
     Mutant("last-epoch-instead-of-best", "loop.py", "        if self.best is not None:\n", "        if False:\n", LOOP),
     Mutant(
-        "objective-not-trained", "loop.py", "optimizer = _optimizer(settings, [module, objective])", "optimizer = _optimizer(settings, [module])", LOOP
+        "objective-not-trained",
+        "loop.py",
+        "optimizer = _optimizer(settings, [module, objective])",
+        "optimizer = _optimizer(settings, [module])",
+        LOOP,
     ),
     # --- resume
     Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", LOOP),
@@ -209,27 +235,70 @@ MUTANTS = (
     Mutant("resume-without-projection", "loop.py", 'self.objective.load_state_dict(saved["objective"])', "pass", LOOP),
     Mutant("resume-without-log-cut", "loop.py", 'recorder.log.cut(found[1]["log_offset"])', "pass", LOOP),
     Mutant("restart-without-log-cut", "loop.py", "recorder.log.cut_role(recorder.role)", "pass", LOOP),
-    Mutant("checkpoint-not-checked", "checkpoint.py", 'if file_sha256(candidate / name) != manifest["files"][name]:', "if False:", CHECKPOINT),
+    Mutant(
+        "checkpoint-not-checked", "checkpoint.py", 'if file_sha256(candidate / name) != manifest["files"][name]:', "if False:", CHECKPOINT
+    ),
     Mutant("moments-lose-their-strides", "checkpoint.py", "value.stride() != parameter.stride()", "False", CHECKPOINT),
-    Mutant("resume-on-other-data", "_folder.py", "if before is not None and before != now:", "if False:", SPINE),
+    Mutant("resume-on-other-data", "_folder.py", "if before is not None and before != now:", "if False:", BASELINE),
     # --- the spine: fair baseline, honest numbers, the right file
     Mutant(
         "baseline-from-trained-weights",
         "spine.py",
         '            student.module.load_state_dict(initial)\n            trained["baseline"]',
         '            trained["baseline"]',
-        SPINE,
+        BASELINE,
     ),
-    Mutant("baseline-with-fewer-steps", "_parts.py", "epochs=steps, batch_size=recipe.train.batch_size, seed=recipe.seed, total_steps=steps", "epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed", SPINE),
-    Mutant("chosen-on-the-test-split", "_parts.py", "split = self.data.valid\n", "split = self.data.test\n", SPINE),
-    Mutant("student-evaluated-as-baseline", "spine.py", "student.module.load_state_dict(trained[role][1])", "pass", SPINE),
-    Mutant("agreement-with-oneself", "_results.py", 'agreement(logits[role], logits["teacher"])', "agreement(logits[role], logits[role])", SPINE),
-    Mutant("best-seed-is-the-first", "_results.py", "best = max(range(len(results)), key=", "best = min(range(len(results)), key=", SPINE),
-    Mutant("gap-of-the-student", "verdict.py", "round((student - baseline) / (teacher - baseline), 12)", "round((student - baseline) / teacher, 12)", ("../src/limbeck/verdict.py",)),
-    Mutant("saved-weights-not-checked", "models/_saved.py", "elif file_sha256(folder / name) != recorded:", "elif False:", ("unit/test_models_vision.py::test_what_changed_on_disk_is_refused",)),
-    Mutant("parity-of-any-file", "export/parity.py", "RELATIVE_TOLERANCE = 1e-4", 'RELATIVE_TOLERANCE = float("inf")', ("unit/test_export.py::test_the_tolerance_grows_with_the_largest_logit", "unit/test_export.py::test_a_spoiled_export_is_refused_with_the_figures")),
-    Mutant("exported-in-train-mode", "export/_job.py", "    twin.eval()  # its", "    twin.train()  # its", ("unit/test_export.py::test_every_file_answers_as_the_student_at_sizes_never_seen",)),
-)  # fmt: skip
+    Mutant(
+        "baseline-with-fewer-steps",
+        "_parts.py",
+        "epochs=steps, batch_size=recipe.train.batch_size, seed=recipe.seed, total_steps=steps",
+        "epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed",
+        BASELINE,
+    ),
+    Mutant("chosen-on-the-test-split", "_parts.py", "split = self.data.valid\n", "split = self.data.test\n", BASELINE),
+    Mutant("student-evaluated-as-baseline", "spine.py", "student.module.load_state_dict(trained[role][1])", "pass", BASELINE),
+    Mutant(
+        "agreement-with-oneself",
+        "_results.py",
+        'agreement(logits[role], logits["teacher"])',
+        "agreement(logits[role], logits[role])",
+        BASELINE,
+    ),
+    Mutant(
+        "best-seed-is-the-first", "_results.py", "best = max(range(len(results)), key=", "best = min(range(len(results)), key=", BASELINE
+    ),
+    Mutant(
+        "gap-of-the-student",
+        "verdict.py",
+        "round((student - baseline) / (teacher - baseline), 12)",
+        "round((student - baseline) / teacher, 12)",
+        ("../src/limbeck/verdict.py",),
+    ),
+    Mutant(
+        "saved-weights-not-checked",
+        "models/_saved.py",
+        "elif file_sha256(folder / name) != recorded:",
+        "elif False:",
+        ("unit/test_models_vision.py::test_what_changed_on_disk_is_refused",),
+    ),
+    Mutant(
+        "parity-of-any-file",
+        "export/parity.py",
+        "RELATIVE_TOLERANCE = 1e-4",
+        'RELATIVE_TOLERANCE = float("inf")',
+        (
+            "unit/test_export.py::test_the_tolerance_grows_with_the_largest_logit",
+            "unit/test_export.py::test_a_spoiled_export_is_refused_with_the_figures",
+        ),
+    ),
+    Mutant(
+        "exported-in-train-mode",
+        "export/_job.py",
+        "    twin.eval()  # its",
+        "    twin.train()  # its",
+        ("unit/test_export.py::test_every_file_answers_as_the_student_at_sizes_never_seen",),
+    ),
+)
 
 
 def main(names: list[str]) -> int:
@@ -240,6 +309,10 @@ def main(names: list[str]) -> int:
     chosen = [m for m in MUTANTS if m.name in names] if names else list(MUTANTS)
     with tempfile.TemporaryDirectory(prefix="limbeck-mutants-") as folder:
         copy = Path(folder).resolve()
+        os.environ |= {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        sys.dont_write_bytecode = True
+        import torch  # noqa: F401 (once for all the forks)
+
         _copy_tree(copy)
         print(f"{len(chosen)} mutants in a copy of the tree", flush=True)
         print(f"{'mutant':<40} {'tests':<6} {'seconds':>7}  first failing test", flush=True)
@@ -279,33 +352,48 @@ def _copy_tree(copy: Path) -> None:
     subprocess.run(command, cwd=copy, check=True)
 
 
-# The package that is installed points to the original tree; that the copy's is tested is checked in the process that tests it.
-_PYTEST = """
-import pathlib, sys, limbeck, pytest
-found = pathlib.Path(limbeck.__file__).resolve()
-assert found.is_relative_to(pathlib.Path.cwd() / "src"), f"{found} would be tested, not the copy"
-sys.exit(pytest.main(sys.argv[1:]))
-"""
-
-
 def _run(copy: Path, tests: Iterable[str], *, stop: bool = True) -> tuple[str, str, float]:
     """``green``, ``red``, or what else happened; the first failing test; seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     paths = [os.path.normpath(f"tests/{t}") for t in tests]
-    command = [sys.executable, "-c", _PYTEST, *paths, "-rfE", "--tb=no", *(["-x"] if stop else [])]
     started = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return "hangs", f"more than {TIMEOUT} s", TIMEOUT
-    seconds = time.perf_counter() - started
-    if done.returncode == 0:
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            _test([*paths, "-rfE", "--tb=no", *(["-x"] if stop else [])], copy, output.fileno())
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        said = output.read()
+    seconds, code = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
+    if code == 0:
         return "green", "", seconds
-    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and failed is not None:
+    failed = re.search(r"^FAILED (.+?)(?: - .*)?$", said, re.MULTILINE)
+    if code == 1 and failed is not None:
         return "red", failed[1].removeprefix("tests/"), seconds
-    # a mutant that cannot even be imported or collected shows nothing about the tests
-    return "broken", " ".join((done.stdout + done.stderr).split())[-300:], seconds
+    # a mutant that cannot be imported or collected, or that hangs, shows nothing about the tests
+    return "broken", f"exit {code}: {' '.join(said.split())[-300:]}", seconds
+
+
+def _test(arguments: list[str], copy: Path, output: int) -> NoReturn:
+    """The life of a child: run pytest in the copy, on the copy's package, and leave with its exit code."""
+    code = 3
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        signal.alarm(TIMEOUT)
+        os.chdir(copy)
+        sys.path[:0] = [str(copy / "src")]
+        import limbeck
+
+        # the installed package points to the original tree, and must not be the one that is tested
+        found = Path(str(limbeck.__file__)).resolve()
+        assert found.is_relative_to(copy / "src"), f"{found} would be tested, not the copy"
+        code = int(pytest.main(arguments))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def refuse_taken(out: Path, resume: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(Problem("--out", f"{out} is a file.", "Name a folder that does not exist yet."))
-    inside = [p.name for p in out.iterdir()]
+    # a run that was killed before its first file had its name has begun nothing
+    inside = [p.name for p in out.iterdir() if not (p.name.startswith(".") and p.name.endswith(".tmp"))]
     if not inside:
         return
     if not resume:

@@ -198,7 +198,16 @@ def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
             plain["task"] = task
     if command == "train" and plain.get("baseline") in (None, False):
         plain["baseline"] = False
+    if isinstance(plain.get("train", {}), dict):
+        plain["train"] = {**_customary(plain), **plain.get("train", {})}
     return plain
+
+
+def _customary(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ``train`` that depend on what is trained: a pretrained encoder is ruined by the learning rate that a fresh CNN wants."""
+    if check.look(plain, "train.optimizer") == "sgd":
+        return {"lr": 0.05}
+    return {"lr": 5e-5, "batch_size": 32} if plain.get("task") == "text-classification" else {}
 
 
 def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Problem]:

@@ -171,9 +171,10 @@ class Train(Section):
 
     epochs: Count = 10
     batch_size: Count = 128
-    """The samples of one optimiser step, over all microbatches and ranks."""
+    """The samples of one optimiser step, over all microbatches and ranks; for text 32 where it is not given."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 1e-3
+    """Where it is not given: 1e-3, for text 5e-5, with sgd 0.05."""
     momentum: BelowOne = 0.9
     """sgd only."""
     nesterov: bool = True

@@ -132,6 +132,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     stop = Stop()
     resumed: dict[str, list[int]] = {}
     make(job.out)
+    for folder in (job.out, *(p for p in job.out.rglob("*") if p.is_dir())):
+        checkpoint.sweep(folder)
     with stop.listening():
         if recorded is None:
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())

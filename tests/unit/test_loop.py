@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from limbeck.data import Plan
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, NonFinite
 from limbeck.loop import Average, cuts, learning_rate
@@ -20,6 +21,9 @@ from limbeck.objective import Objective
 from limbeck.recipe import Term
 from limbeck.teacher import LiveTeacher
 from support import KD_MIX, Big, Small, made, run_fit, settings, state_bytes, tensors, toy_data
+
+HINT = Term(loss="hint", weight=1.0, student="body", teacher="norm")
+SHAPES: dict[str, Any] = {"shapes_student": {"body": (2, 5)}, "shapes_teacher": {"norm": (2, 16)}}
 
 
 class StopAfter:
@@ -49,8 +53,6 @@ def test_the_articles_loop_written_plainly_gives_the_same_weights(tmp_path: Path
     plain, teacher = made(Small, "student"), made(Big, "teacher").eval()
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-4)
     temperature, alpha = 6.0, 0.7
-    from limbeck.data import Plan
-
     plan = Plan(data.train, seed=3, data_seed=0, epochs=2, batch_size=8, views=None, lengths=None, drop_single=False)
     plain.train()
     for step in range(20):
@@ -66,6 +68,86 @@ def test_the_articles_loop_written_plainly_gives_the_same_weights(tmp_path: Path
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(student.module.state_dict()[name], value, rtol=0, atol=1e-9)
         assert not torch.equal(value, made(Small, "student").state_dict()[name]), "nothing was learned"
+
+
+def test_a_plain_loop_with_schedule_clipping_and_weight_decay_gives_the_same_weights(tmp_path: Path) -> None:
+    """As above, with everything that changes a step; and the average of its weights, by its formula."""
+    data = toy_data(80)
+    train = settings(
+        optimizer="sgd", lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.1, schedule="linear", warmup=0.2, clip_norm=0.05, ema=0.9
+    )
+    student, trained = run_fit(tmp_path, data=data, train=train)
+    x, y = tensors(80)
+    plain, teacher = made(Small, "student"), made(Big, "teacher").eval()
+    matrices, vectors = ([p for p in plain.parameters() if (p.ndim > 1) == decayed] for decayed in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.3, momentum=0.9, nesterov=True)
+    plan = Plan(data.train, seed=3, data_seed=0, epochs=3, batch_size=8, views=None, lengths=None, drop_single=False)
+    average = {name: value.clone() for name, value in plain.state_dict().items()}
+    clipped = 0
+    for step in range(30):
+        rows = data.train.rows[plan.request(step).rows]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3 * ((step + 1) / 7 if step < 6 else 1 - (step - 6) / 24)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            soft = torch.softmax(teacher(x[rows]) / 6, dim=1)
+        logits = plain(x[rows])
+        kd = nn.KLDivLoss(reduction="batchmean")(torch.log_softmax(logits / 6, dim=1), soft) * 36
+        (0.7 * kd + 0.3 * nn.CrossEntropyLoss()(logits, y[rows])).backward()
+        clipped += int(nn.utils.clip_grad_norm_(plain.parameters(), 0.05) > 0.05)
+        optimizer.step()
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in plain.state_dict().items()}
+    assert trained.steps == 30
+    assert clipped > 10
+    for name, value in average.items():
+        torch.testing.assert_close(student.module.state_dict()[name], value, rtol=0, atol=1e-9)
+
+
+def test_the_average_is_what_is_validated_and_the_best_epoch_what_is_left(tmp_path: Path) -> None:
+    data = toy_data(80)
+    student = wrap_module(made(Small, "student", dropout=0.3), role="student", data=data)
+    raw: list[dict[str, bytes]] = []  # after every step
+    validated: list[dict[str, bytes]] = []
+    modes: list[bool] = []
+    accuracies = iter([0.2, 0.9, 0.5])
+    student.module.body.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+
+    def validate() -> dict[str, float]:
+        validated.append(state_bytes(student.module))
+        student.module.eval()  # as an evaluation leaves it
+        return {"accuracy": next(accuracies), "nll": 0.0}
+
+    def after_step() -> bool:
+        raw.append(state_bytes(student.module))
+        return False
+
+    _, trained = run_fit(tmp_path, data=data, student=student, train=settings(ema=0.9, select="best"), validate=validate, stop=after_step)
+    assert len(modes) == 30
+    assert all(modes), "the student was left in eval mode"
+    assert trained.selected_epoch == 1
+    assert state_bytes(student.module) == validated[1]
+    assert len({v["head.weight"] for v in validated}) == 3
+    assert not any(v["head.weight"] in {r["head.weight"] for r in raw} for v in validated)
+
+
+def test_dropout_is_a_function_of_seed_step_and_microbatch(tmp_path: Path) -> None:
+    data = toy_data(80)
+
+    def drawn(name: str, seed: int, **changes: Any) -> list[float]:
+        found: list[float] = []
+        student = wrap_module(made(Small, "student"), role="student", data=data)
+        student.module.body.register_forward_pre_hook(lambda *_: found.append(float(torch.rand(1))))
+        run_fit(tmp_path / name, data=data, student=student, train=settings(accumulate=2, **changes), seed=seed)
+        return found
+
+    first = drawn("first", 3)
+    assert len(set(first)) == 60
+    torch.rand(7)  # whatever the global generator did before
+    assert drawn("again", 3) == first
+    assert not set(drawn("other", 4)) & set(first)
+    assert drawn("others", 3, optimizer="sgd", lr=0.5) == first
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
@@ -109,7 +191,7 @@ def test_a_teacher_that_changes_is_found() -> None:
         teacher.check_untouched()
 
 
-@pytest.mark.parametrize("features", ["plain", "dropout, EMA, accumulation, best epoch"])
+@pytest.mark.parametrize("features", ["plain", "dropout, EMA, accumulation, best epoch, projection"])
 def test_a_stop_at_every_step_ends_in_the_same_bytes(tmp_path: Path, features: str) -> None:
     data = toy_data(80)
     rich = features != "plain"
@@ -119,7 +201,9 @@ def test_a_stop_at_every_step_ends_in_the_same_bytes(tmp_path: Path, features: s
 
     def go(folder: Path, stop: Any = lambda: False) -> tuple[dict[str, bytes], Any]:
         student = wrap_module(made(Small, "student", dropout=0.3 if rich else 0.0), role="student", data=data)
-        objective = Objective.build(KD_MIX, classes=data.classes, label_counts=np.bincount(data.train.labels))
+        objective = Objective.build(
+            [*KD_MIX, *([HINT] if rich else [])], classes=data.classes, label_counts=np.bincount(data.train.labels), **SHAPES
+        )
         validate = (lambda: {"accuracy": float(next(accuracies) % 2), "nll": 0.0}) if rich else None
         model, trained = run_fit(folder, data=data, student=student, objective=objective, train=train, stop=stop, validate=validate)
         return state_bytes(model.module), trained
@@ -136,6 +220,28 @@ def test_a_stop_at_every_step_ends_in_the_same_bytes(tmp_path: Path, features: s
         assert found == expected, f"stopped after step {step}"
         steps = [line["step"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in line]
         assert steps == list(range(1, 31)), f"the log of the run stopped after step {step}"
+
+
+@pytest.mark.parametrize("killed_at", [2, 6])
+def test_a_killed_run_leaves_no_step_twice_in_the_log(tmp_path: Path, killed_at: int) -> None:
+    """Killed between two checkpoints (one every 4 steps), and before the first: what was logged since is forgotten, and only that."""
+    left = iter(range(killed_at, -1, -1))
+
+    def kill() -> bool:
+        if next(left) == 1:
+            raise KeyboardInterrupt
+        return False
+
+    whole, _ = run_fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(tmp_path / "killed", stop=kill)
+    with open(tmp_path / "killed" / "log.jsonl", "a") as log:
+        log.write('{"role": "student", "st')  # cut off in the middle of a line
+    found, trained = run_fit(tmp_path / "killed")
+    assert trained.resumed_from == ([4] if killed_at > 4 else [])
+    assert state_bytes(found.module) == state_bytes(whole.module)
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
@@ -199,10 +305,7 @@ def test_an_infinite_gradient_stops_before_the_weights_are_touched(tmp_path: Pat
 
 def test_a_hint_trains_its_projection_and_leaves_no_hook(tmp_path: Path) -> None:
     data = toy_data()
-    terms = [*KD_MIX, Term(loss="hint", weight=1.0, student="body", teacher="norm")]
-    objective = Objective.build(
-        terms, classes=data.classes, label_counts=[1] * 4, shapes_student={"body": (2, 5)}, shapes_teacher={"norm": (2, 16)}
-    )
+    objective = Objective.build([*KD_MIX, HINT], classes=data.classes, label_counts=[1] * 4, **SHAPES)
     before = {n: p.detach().clone() for n, p in objective.named_parameters()}
     assert before
     student, _ = run_fit(tmp_path, data=data, objective=objective)

@@ -421,3 +421,17 @@ def test_the_ready_recipes_are_right(path: Path) -> None:
     data = read_yaml(path)
     build_recipe(data, command="distill" if "teacher" in data else "train")
     assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lr", "batch_size"),
+    [
+        ({"data": "digits"}, 1e-3, 128),
+        ({"data": "csv:x.csv"}, 5e-5, 32),
+        ({"data": "csv:x.csv", "train": {"lr": 1e-4, "batch_size": 8}}, 1e-4, 8),
+        ({"data": "digits", "train": {"optimizer": "sgd"}}, 0.05, 128),
+    ],
+)
+def test_the_learning_rate_that_is_not_given_fits_what_is_trained(changes: dict[str, Any], lr: float, batch_size: int) -> None:
+    found = build_recipe({"student": "x", "teacher": "y", **changes}, command="distill").train
+    assert (found.lr, found.batch_size) == (lr, batch_size)
