@@ -45,6 +45,8 @@ class Mutant:
 LOSSES = ("unit/test_losses.py", "reference/test_losses.py")
 OBJECTIVE = ("unit/test_objective.py",)
 LOOP = ("unit/test_loop.py",)
+RESUME = ("unit/test_loop.py::test_a_stop_at_every_step_ends_in_the_same_bytes",)
+KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log",)
 TEACHER = ("unit/test_teacher.py",)
 BASELINE = ("unit/test_baseline.py",)
 VIEWS = ("unit/test_data_views.py",)
@@ -204,7 +206,7 @@ MUTANTS = (
         "loop.py",
         "floats = [name for name, value in self.values.items() if value.is_floating_point()]",
         "floats = [name for name, _ in self.module.named_parameters()]",
-        LOOP,
+        ("unit/test_loop.py::test_the_average_covers_batch_statistics",),
     ),
     Mutant(
         "average-not-validated",
@@ -226,15 +228,15 @@ MUTANTS = (
         "loop.py",
         "optimizer = _optimizer(settings, [module, objective])",
         "optimizer = _optimizer(settings, [module])",
-        LOOP,
+        ("unit/test_loop.py::test_a_hint_trains_its_projection_and_leaves_no_hook",),
     ),
     # --- resume
-    Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", LOOP),
-    Mutant("resume-without-average", "loop.py", 'value.copy_(saved["average"][name])', "pass", LOOP),
-    Mutant("resume-without-best", "loop.py", 'self.best = saved["best"]', "pass", LOOP),
-    Mutant("resume-without-projection", "loop.py", 'self.objective.load_state_dict(saved["objective"])', "pass", LOOP),
-    Mutant("resume-without-log-cut", "loop.py", 'recorder.log.cut(found[1]["log_offset"])', "pass", LOOP),
-    Mutant("restart-without-log-cut", "loop.py", "recorder.log.cut_role(recorder.role)", "pass", LOOP),
+    Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", RESUME),
+    Mutant("resume-without-average", "loop.py", 'value.copy_(saved["average"][name])', "pass", RESUME),
+    Mutant("resume-without-best", "loop.py", 'self.best = saved["best"]', "pass", RESUME),
+    Mutant("resume-without-projection", "loop.py", 'self.objective.load_state_dict(saved["objective"])', "pass", RESUME),
+    Mutant("resume-without-log-cut", "loop.py", 'recorder.log.cut(found[1]["log_offset"])', "pass", KILLED),
+    Mutant("restart-without-log-cut", "loop.py", "recorder.log.cut_role(recorder.role)", "pass", KILLED),
     Mutant(
         "checkpoint-not-checked", "checkpoint.py", 'if file_sha256(candidate / name) != manifest["files"][name]:', "if False:", CHECKPOINT
     ),

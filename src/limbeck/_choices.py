@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from limbeck.engine import Engine, candidates, measure
+from limbeck.engine import Engine, Work, candidates, measure
 from limbeck.models import Capture, Model
 from limbeck.objective import Objective
 from limbeck.randomness import seed_for
 from limbeck.recipe import Recipe, Train
-from limbeck.teacher import LiveTeacher
+from limbeck.teacher import LiveTeacher, Meter
 from limbeck.types import Batch, Outputs, Signal
 
 __all__ = ["choose", "explicit", "resolved", "snapshot", "student_choice", "teacher_choice"]
@@ -21,7 +22,14 @@ Choice = tuple[Engine, dict[str, Any]]
 
 
 def choose(
-    recipe: Recipe, student: Model, teacher: Model | None, columns: Any, objective: Objective, batch: Batch, device: torch.device
+    recipe: Recipe,
+    student: Model,
+    teacher: Model | None,
+    columns: Any,
+    objective: Objective,
+    batch: Batch,
+    device: torch.device,
+    meter: Meter | None,
 ) -> tuple[dict[str, Engine], dict[str, Any]]:
     """How teacher and student run, by role, and the record of why. batch: one real microbatch, on the CPU."""
     engines: dict[str, Engine] = {}
@@ -32,7 +40,7 @@ def choose(
             teacher, batch, device, recipe.teacher.precision, recipe.teacher.layout, recipe.train.precision
         )
         if recipe.train.precision == "auto":
-            live = LiveTeacher(teacher, Engine(device), columns)
+            live = LiveTeacher(teacher, Engine(device), columns, meter)
             signal = live(live.engine.send(batch), objective.teacher_needs)
     engines["student"], choices["student"] = student_choice(student, signal, objective, batch, device, recipe.train, recipe.seed)
     return engines, choices
@@ -65,15 +73,20 @@ def teacher_choice(model: Model, batch: Batch, device: torch.device, precision: 
     if precision != "auto":
         return Engine(device, precision, layout or "channels_first"), {"measured": [], "reason": "given in the recipe"}
 
-    def logits(engine: Engine) -> Tensor:
+    def prepare(engine: Engine) -> Work:
         engine.place(model.module)
         model.module.eval()
         sent = engine.send(batch)
         assert sent.teacher is not None
-        with torch.no_grad(), engine.autocast():
-            return model(sent.teacher)
+        inputs = sent.teacher
 
-    return measure(candidates(device, _layouts(batch.teacher or {}, layout)), logits)
+        def logits() -> Tensor:
+            with torch.no_grad(), engine.autocast():
+                return model(inputs)
+
+        return Work(logits, logits)
+
+    return measure(candidates(device, _layouts(batch.teacher or {}, layout)), prepare)
 
 
 def student_choice(
@@ -86,26 +99,36 @@ def student_choice(
     parameters = [p for p in module.parameters() if p.requires_grad]
     counts = objective.counts(batch)
 
-    def gradient(engine: Engine) -> Tensor:
+    def prepare(engine: Engine) -> Work:
         engine.place(module)
         engine.place(objective)
         module.load_state_dict(before)
-        module.train()
-        module.zero_grad(set_to_none=True)
         sent = engine.send(batch)
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            Capture(module, objective.student_needs.features) as capture,
-        ):
-            torch.manual_seed(seed_for(seed, "dropout", 0, 0, 0))
-            with engine.autocast():
-                outputs = Outputs(student(sent.student), capture.features)
-            loss, _ = objective(outputs, teacher, sent, progress=0.0, counts=counts)
-            loss.backward()
-        return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in parameters])
+
+        def step() -> None:
+            module.zero_grad(set_to_none=True)
+            with Capture(module, objective.student_needs.features) as capture:
+                torch.manual_seed(seed_for(seed, "dropout", 0, 0, 0))
+                with engine.autocast():
+                    outputs = Outputs(student(sent.student), capture.features)
+                loss, _ = objective(outputs, teacher, sent, progress=0.0, counts=counts)
+                loss.backward()
+
+        def gradient() -> Tensor:
+            # Without dropout: its masks differ between precisions and layouts, and would be compared instead of the numbers.
+            module.train()
+            for inner in module.modules():
+                if isinstance(inner, torch.nn.modules.dropout._DropoutNd):
+                    inner.eval()
+            step()
+            module.train()
+            return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in parameters])
+
+        return Work(gradient, step)
 
     try:
-        return measure(candidates(device, _layouts(batch.student, settings.layout)), gradient)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return measure(candidates(device, _layouts(batch.student, settings.layout)), prepare)
     finally:
         module.zero_grad(set_to_none=True)
         objective.zero_grad(set_to_none=True)
@@ -115,7 +138,8 @@ def student_choice(
 
 def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
     """A copy of every tensor of a module's state, on the CPU."""
-    return {name: t.detach().to("cpu", copy=True) for name, t in module.state_dict().items()}
+    state = module.state_dict()
+    return {name: t.detach().to("cpu", copy=True) if isinstance(t, Tensor) else copy.deepcopy(t) for name, t in state.items()}
 
 
 def _layouts(inputs: Any, layout: str | None) -> list[str]:

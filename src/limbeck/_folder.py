@@ -50,6 +50,9 @@ def refuse_taken(out: Path, resume: bool) -> None:
         )
 
 
+_FACTS = {"data": "the data", "teacher": "the teacher", "student": "the student's initial weights", "seeds": "the number of seeds"}
+
+
 def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, dict[str, Any]] | None:
     """What a run to be resumed has recorded: its recipe, with the choices that were made by measuring, and its environment.
 
@@ -60,7 +63,7 @@ def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, d
     recorded = read_recipe(out)
     problems = [Problem("--resume", text) for text in differences(recorded, _measured_from(recipe, recorded))]
     environment = read_json(out / "environment.json") if (out / "environment.json").is_file() else {}
-    for key, what in (("data", "the data"), ("teacher", "the teacher"), ("seeds", "the number of seeds")):
+    for key, what in _FACTS.items():
         before, now = environment.get("facts", {}).get(key), facts.get(key)
         if before is not None and before != now:
             problems.append(
@@ -104,8 +107,13 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
         }
     )
     teacher = recipe.teacher
-    if teacher is not None and recorded.teacher is not None and teacher.precision == "auto":
-        teacher = teacher.model_copy(update={"precision": recorded.teacher.precision, "layout": recorded.teacher.layout})
+    if teacher is not None and recorded.teacher is not None:
+        teacher = teacher.model_copy(
+            update={
+                **({"precision": recorded.teacher.precision} if teacher.precision == "auto" else {}),
+                **({"layout": recorded.teacher.layout} if teacher.layout is None else {}),
+            }
+        )
     return recipe.model_copy(update={"train": train, "teacher": teacher})
 
 

@@ -11,6 +11,7 @@ import torch
 
 from limbeck.data import BatchBuilder, Data, Plan, Split, augmentation, evaluation_requests, token_lengths
 from limbeck.engine import Engine
+from limbeck.errors import Problem, UsageError
 from limbeck.evaluate import metrics, predict
 from limbeck.loop import Feed
 from limbeck.models import Model, probe_shapes
@@ -22,6 +23,7 @@ from limbeck.types import Batch, Inputs, Preprocessing, TextPreprocessing
 __all__ = ["Parts"]
 
 EVALUATION_BATCH = 256
+THROUGHPUT_BATCH = 64
 PROBE = 2
 
 
@@ -33,7 +35,8 @@ class Parts:
         self.augment = augmentation(recipe.data.augment, data)
         views = recipe.teacher_cache.views
         self.views = None if views == "live" else views
-        self._lengths: dict[str, np.ndarray[Any, Any] | None] = {}
+        self.shapes_student: dict[str, tuple[int, ...]] = {}
+        self.shapes_teacher: dict[str, tuple[int, ...]] = {}
 
     @cached_property
     def label_counts(self) -> np.ndarray[Any, Any]:
@@ -108,42 +111,46 @@ class Parts:
         batch = feed.builder(feed.plan.request(0))
         return batch.part(0, -(-len(batch) // recipe.train.accumulate))
 
-    def objective(self, student: Model, teacher: Model | None, seed: int) -> Objective:
-        """The recipe's objective; projections are sized by a shape probe and drawn from (seed, role)."""
+    def probe(self, student: Model, teacher: Model | None) -> None:
+        """Find the shapes of the features that the objective asks for; once, before anything is placed or trained."""
         of_student, of_teacher = needs_of(self.recipe.objective)
-        shapes_student: dict[str, tuple[int, ...]] = {}
-        shapes_teacher: dict[str, tuple[int, ...]] = {}
-        if of_student.features or of_teacher.features:
-            probe = self.probe(with_teacher=teacher is not None)
-            shapes_student = probe_shapes(student, probe.student, of_student.features)
-            if teacher is not None and probe.teacher is not None:
-                shapes_teacher = probe_shapes(teacher, probe.teacher, of_teacher.features)
+        if not of_student.features and not of_teacher.features:
+            return
+        split = self.data.train.take(np.arange(min(PROBE, len(self.data.train))))
+        [request] = evaluation_requests(split, PROBE)
+        batch = self.builder(split, teacher=teacher is not None)(request)
+        self.shapes_student = probe_shapes(student, _as(student, batch.student), of_student.features)
+        if teacher is not None and batch.teacher is not None:
+            self.shapes_teacher = probe_shapes(teacher, _as(teacher, batch.teacher), of_teacher.features)
+        tokens = any(len(shape) == 3 for shape in (*self.shapes_student.values(), *self.shapes_teacher.values()))
+        if tokens and isinstance(self.student, TextPreprocessing) and isinstance(self.teacher, TextPreprocessing):
+            ours, theirs = ((p.tokenizer_sha256, p.max_length) for p in (self.student, self.teacher))
+            if ours != theirs:
+                message = "a loss on features by token needs the same tokens on both sides, and the two models have different tokenizers."
+                raise UsageError(
+                    Problem("objective", message, "Choose layers that give one row a sample, (B, D), or models that share a tokenizer.")
+                )
+
+    def objective(self, seed: int) -> Objective:
+        """The recipe's objective; projections are sized by :meth:`probe` and drawn from (seed, role)."""
         return Objective.build(
             self.recipe.objective,
             classes=self.data.classes,
             label_counts=self.label_counts,
-            shapes_student=shapes_student,
-            shapes_teacher=shapes_teacher,
+            shapes_student=self.shapes_student,
+            shapes_teacher=self.shapes_teacher,
             seed=seed,
         )
 
     def baseline_objective(self) -> Objective:
         return Objective.baseline(self.recipe.objective, classes=self.data.classes, label_counts=self.label_counts)
 
-    def probe(self, *, with_teacher: bool) -> Batch:
-        """A few training samples, prepared for both models without augmentation."""
-        split = self.data.train.take(np.arange(min(PROBE, len(self.data.train))))
-        [request] = evaluation_requests(split, PROBE)
-        return self.builder(split, teacher=with_teacher)(request)
-
-    def logits(
-        self, model: Model, split: Split, engine: Engine, *, batch_size: int = EVALUATION_BATCH, workers: int = 0
-    ) -> np.ndarray[Any, Any]:
+    def logits(self, model: Model, split: Split, engine: Engine) -> np.ndarray[Any, Any]:
         """``(N, C)`` float64 logits of a model on a split, through its own preparation; the model is left in eval mode."""
         model.module.eval()
         builder = self.builder(split, student=model.preprocessing)
         lengths = self.lengths(split, model.preprocessing)
-        return predict(lambda batch: model(batch.student), split, builder, engine, batch_size=batch_size, lengths=lengths, workers=workers)
+        return predict(lambda batch: model(batch.student), split, builder, engine, batch_size=EVALUATION_BATCH, lengths=lengths)
 
     def validation(self, model: Model, engine: Engine) -> Callable[[], dict[str, float]] | None:
         """Accuracy and nll on the validation split, in the precision that the model trains in; None where there is no such split."""
@@ -157,9 +164,25 @@ class Parts:
 
         return validate
 
+    def samples(self, preprocessing: Preprocessing | None = None) -> tuple[Inputs, Inputs]:
+        """What speed is measured with: one test sample alone (a text of median length, unpadded), and a larger batch."""
+        lengths = self.lengths(self.data.test)
+        row = 0 if lengths is None else np.argsort(lengths, kind="stable")[len(lengths) // 2]
+        split = self.data.test.take(np.array([row]))
+        [request] = evaluation_requests(split, 1)
+        return self.builder(split, student=preprocessing)(request).student, self.sample_inputs(THROUGHPUT_BATCH, preprocessing)
+
     def sample_inputs(self, count: int, preprocessing: Preprocessing | None = None) -> Inputs:
         """``count`` test samples (chosen by hash order) as a model takes them, float32 or float64, on the CPU."""
         rows = order(len(self.data.test), self.recipe.data.seed, "samples")[:count]
         split = self.data.test.take(np.sort(rows))
         [request] = evaluation_requests(split, count)
         return self.builder(split, student=preprocessing)(request).student
+
+
+def _as(model: Model, inputs: Inputs) -> Inputs:
+    """Floating-point inputs in the dtype and on the device of a model that is not placed yet."""
+    held = next(model.module.parameters(), None)
+    if held is None:
+        return inputs
+    return {k: v.to(held.device, held.dtype if v.is_floating_point() else None) for k, v in inputs.items()}

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 import numpy as np
+import torch
 
 from limbeck import __version__
 from limbeck.data import Data
@@ -21,21 +22,20 @@ from limbeck.verdict import gap_closed, verdict
 __all__ = ["figures", "joint_metrics", "seed_metrics"]
 
 PRIMARY = "accuracy"
-THROUGHPUT_BATCH = 64
 
 
-def figures(model: Model, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], inputs: Inputs, engine: Engine) -> dict[str, Any]:
+def figures(
+    model: Model, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], samples: tuple[Inputs, Inputs], engine: Engine
+) -> dict[str, Any]:
     """Everything about one model: metrics on the test split, size, work and speed.
 
     inputs: prepared test samples on the CPU; the model is on ``engine``'s device in its precision. flops: of one sample (a multiply-add is 2).
     """
-    sent = {k: v.to(engine.device, engine.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-    one = {k: v[:1] for k, v in sent.items()}
-    many = {k: v[:THROUGHPUT_BATCH] for k, v in sent.items()}
+    one, many = ({k: v.to(engine.device, engine.dtype if v.is_floating_point() else None) for k, v in inputs.items()} for inputs in samples)
     return {
         "metrics": metrics(logits, labels),
         **describe(model, one),
-        "latency_ms": latency(model, one),
+        "latency_ms": {**latency(model, one), "threads": torch.get_num_threads()},
         "throughput": {"items_per_second": throughput(model, many), "batch_size": len(next(iter(many.values())))},
     }
 
@@ -48,11 +48,11 @@ def seed_metrics(
     runs: dict[str, Trained],
     exported: dict[str, Any],
     *,
-    teacher: tuple[int, float],
-    total_seconds: float,
+    cost: dict[str, Any],
     notes: list[str],
 ) -> dict[str, Any]:
-    """The metrics of one seed. measured: figures by role; teacher: (items, seconds) of its forward passes in this run."""
+    """The metrics of one seed. measured: figures by role; cost: teacher_items, teacher_seconds and
+    total_seconds so far."""
     labels = data.test.labels
     models: dict[str, Any] = {role: dict(measured[role]) for role in ("teacher", "baseline", "student") if role in measured}
     interval = None
@@ -76,12 +76,10 @@ def seed_metrics(
         "verdict": verdict(models, interval, 1, "over the test items"),
         "validation": best[0] if best else None,
         "cost": {
-            "teacher_seconds": teacher[1],
-            "teacher_items": teacher[0],
+            **cost,
             "cache_hits": 0,
             "train_seconds": runs["student"].seconds,
             "baseline_seconds": runs["baseline"].seconds if "baseline" in runs else 0.0,
-            "total_seconds": total_seconds,
             "steps": runs["student"].steps,
             "peak_rss_bytes": peak_rss_bytes(),
         },
@@ -127,7 +125,7 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         if interval is None
         else {"student_minus_baseline": interval, "level": 0.95, "method": f"t interval over {count} paired seeds"},
         "verdict": verdict(models, interval, count, f"over {count} seeds"),
-        "cost": {k: max(c[k] for c in costs) if k == "peak_rss_bytes" else sum(c[k] for c in costs) for k in costs[0]},
+        "cost": {k: _joined(k, [c[k] for c in costs]) for k in costs[0]},
         "best_seed": results[best]["seeds"][0],
         "runs": [{"seed": r["seeds"][0], **{role: m["metrics"] for role, m in r["models"].items()}} for r in results],
     }
@@ -136,3 +134,10 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
 
 def _primary(models: dict[str, Any], role: str) -> float | None:
     return models[role]["metrics"][PRIMARY] if role in models else None
+
+
+def _joined(name: str, values: list[Any]) -> Any:
+    """The cost of several seeds: the largest memory, the sum of the rest, unknown where one is unknown."""
+    if any(value is None for value in values):
+        return None
+    return max(values) if name == "peak_rss_bytes" else sum(values)

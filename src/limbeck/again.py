@@ -9,7 +9,7 @@ import torch
 
 from limbeck._folder import read_recipe
 from limbeck._parts import Parts
-from limbeck._results import THROUGHPUT_BATCH, figures
+from limbeck._results import figures
 from limbeck.data import Data, load_data
 from limbeck.engine import Engine, choose_device
 from limbeck.errors import Problem, UsageError
@@ -38,9 +38,9 @@ def evaluate_run(run: Path) -> dict[str, Any]:
             engine.place(model.module)
             parts = Parts(recipe, data, model.preprocessing, None)
             logits = parts.logits(model, data.test, engine)
-            models[role] = figures(model, logits, data.test.labels, parts.sample_inputs(THROUGHPUT_BATCH), engine)
-    recorded = read_json(run / "metrics.json")["models"] if (run / "metrics.json").is_file() else {}
-    return {"models": models, "recorded": {role: recorded[role]["metrics"]["accuracy"] for role in models if role in recorded}}
+            models[role] = figures(model, logits, data.test.labels, parts.samples(), engine)
+    recorded = _recorded(run)
+    return {"models": models, "recorded": {role: recorded[role]["accuracy"] for role in models if role in recorded}}
 
 
 def export_run(run: Path, formats: list[str]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def export_run(run: Path, formats: list[str]) -> dict[str, Any]:
     recipe, data = _of(run)
     model = load_saved(run)
     inputs = inputs_for_export(model, Parts(recipe, data, model.preprocessing, None))
-    exported = export_model(model, formats, run / "export", inputs=inputs, classes=data.classes, task=recipe.task)
+    exported = export_model(model, formats, run / "export", inputs=inputs, classes=model.classes or data.classes, task=recipe.task)
     if (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json")
         metrics["export"] = {**metrics.get("export", {}), **exported}
@@ -76,4 +76,37 @@ def _of(run: Path) -> tuple[Recipe, Data]:
         raise UsageError(
             Problem(str(run), "was made from Python with data that only the program had, so its test split cannot be read again.")
         )
-    return recipe, load_data(recipe.data, recipe.task, run)
+    data = load_data(recipe.data, recipe.task, run)
+    _same_data(run, data)
+    return recipe, data
+
+
+def _same_data(run: Path, data: Data) -> None:
+    """Refuse data that are not those that the run was made with."""
+    environment = read_json(run / "environment.json") if (run / "environment.json").is_file() else {}
+    before = environment.get("facts", {}).get("data")
+    if before is None:
+        raise UsageError(
+            Problem(str(run), "records no data (environment.json), so nothing can be compared with it.", "Is the run finished?")
+        )
+    if before == data.fingerprint:
+        return
+    counts = read_json(run / "metrics.json")["data"] if (run / "metrics.json").is_file() else {}
+    now = {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)}
+    other = [f"{counts[name]:,} {name} samples then, {count:,} now" for name, count in now.items() if counts.get(name, count) != count]
+    what = "; ".join(other) or "as many samples, but their content or their labels differ"
+    hint = "Put the data back, or run the recipe again."
+    raise UsageError(
+        Problem(str(run), f"the data changed since this run: {what} (fingerprint {before[:12]}, now {data.fingerprint[:12]}).", hint)
+    )
+
+
+def _recorded(run: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each role in the run's own metrics.json; of several seeds those of the best, whose student stands in the folder."""
+    if not (run / "metrics.json").is_file():
+        return {}
+    metrics = read_json(run / "metrics.json")
+    if "runs" in metrics:
+        [best] = [row for row in metrics["runs"] if row["seed"] == metrics["best_seed"]]
+        return {role: found for role, found in best.items() if role != "seed"}
+    return {role: model["metrics"] for role, model in metrics["models"].items()}

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_model
 from torch import nn
 
 from limbeck._folder import finished, next_free, refuse_taken, same_run
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
-from limbeck.models import Model, build_model, load_saved, state_hash, wrap_module
+from limbeck.models import Model, build_model, load_into, load_saved, state_hash, wrap_module
 from limbeck.progress import Progress
 from limbeck.randomness import forked
-from limbeck.reading import absolute, build_recipe, default_objective
+from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
 from limbeck.run import read_json
 from limbeck.spine import Job, execute
@@ -60,7 +60,7 @@ def distill(
     resume: bool = False,
     seed: int = 0,
     seeds: int = 1,
-    baseline: bool = True,
+    baseline: bool | None = None,
     export: Sequence[str] = ("onnx",),
     progress: str = "auto",
     **settings: Any,
@@ -68,9 +68,11 @@ def distill(
     """Distil ``teacher`` into ``student``.
 
     student, teacher: an ``nn.Module`` (called with one image or tensor batch, or with the tokenizer's names; gives logits ``(B, C)`` or an output
-    with ``.logits``), a callable that returns one (for a student drawn anew for each seed), or any model name of a recipe.
+    with ``.logits``), a callable that returns one (for a student drawn anew for each seed), or any model name of a recipe. Modules are copied:
+    they come back as they were, and ``Result.student`` is another object.
     train, test, valid, unlabelled: ``(x, y)`` tensors or arrays (uint8 images NHWC, NCHW or NHW; float tensors as they are; lists of strings or of
     pairs of strings) or a ``torch.utils.data.Dataset`` of ``(x, y)``; or ``data``: a source name or a ``data`` section of a recipe.
+    baseline: train the same student without the teacher too (it is done where nothing is said). seeds: how many, from ``seed`` on.
     temperature, alpha: ``alpha * T^2 * KL + (1 - alpha) * cross entropy``, 4 and 0.7 by default; or ``objective``, as in a recipe.
     settings: keys of a recipe's ``train`` section (``epochs``, ``batch_size``, ``lr``, ...), ``data_options`` (keys of its ``data`` section, e.g.
     ``{"augment": "standard"}``), and ``teacher_cache`` or ``track`` as in a recipe. tokenizer: for text modules that are not Hugging Face folders.
@@ -85,31 +87,46 @@ def distill(
     >>> sorted(result.metrics["models"])
     ['baseline', 'student', 'teacher']
     """
-    if objective is not None and (temperature is not None or alpha is not None):
-        raise UsageError(
-            Problem("objective", "was given together with temperature or alpha.", "Put them into the terms, or leave objective out.")
+    problems = list(
+        _ignored(
+            student,
+            teacher,
+            {"data": data, "train": train, "test": test, "valid": valid, "unlabelled": unlabelled, "classes": classes},
+            {"temperature": temperature, "alpha": alpha, "objective": objective, "baseline": baseline or None},
+            settings.get("data_options") or {},
+            tokenizer,
+            seeds,
         )
-    terms = objective or (default_objective(temperature, alpha) if teacher is not None else [{"loss": "cross_entropy", "weight": 1.0}])
+    )
+    terms = objective
+    if terms is None:
+        terms = default_objective(temperature, alpha) if teacher is not None else [{"loss": "cross_entropy", "weight": 1.0}]
     train_keys = {k: v for k, v in settings.items() if k not in ("data_options", "teacher_cache", "track")}
-    data_options = dict(settings.get("data_options") or {})
-    if (data is None) == (train is None):
-        raise UsageError(Problem("data", "give either train (and test ...), or data (a source name), and not both."))
-    source: dict[str, Any] = dict(data) if isinstance(data, dict) else {"source": data or "python"}
+    given_options = settings.get("data_options")
+    data_options = dict(given_options) if isinstance(given_options, Mapping) else {}
+    source: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {"source": "python" if data is None else data}
     plain: dict[str, Any] = {
         "seed": seed,
         "student": _spec(student),
-        "data": {**source, **data_options},
+        "data": {**data_options, **source},
         "objective": terms,
         "train": train_keys,
-        "export": list(export),
+        "export": [export] if isinstance(export, str) else list(export),
         **{k: settings[k] for k in ("teacher_cache", "track") if k in settings},
     }
     if teacher is not None:
-        plain |= {"teacher": _spec(teacher), "baseline": baseline}
-    known = task or (_task_of(train) if train is not None else None)
+        plain |= {"teacher": _spec(teacher), "baseline": baseline is not False}
+    known = task or (_task_of(train, data_options) if train is not None else None)
     if known is not None:
         plain["task"] = known
-    recipe = build_recipe(plain, command="distill" if teacher is not None else "train", where="limbeck.distill")
+    try:
+        recipe = build_recipe(plain, command="distill" if teacher is not None else "train", where="limbeck.distill")
+    except RecipeError as error:
+        raise RecipeError([*problems, *error.problems], error.source) from None
+    if tokenizer is not None and recipe.task != "text-classification":
+        problems.append(Problem("tokenizer", f"is for texts, and the task is {recipe.task}.", "Leave it out."))
+    if problems:
+        raise RecipeError(problems, "limbeck.distill")
     base = Path.cwd()
     recipe = absolute(recipe, base)
     folder = Path(out) if out is not None else next_free(Path("runs"), f"python-{_name(student)}")
@@ -122,10 +139,14 @@ def distill(
                 task=recipe.task, train=train, test=test, valid=valid, unlabelled=unlabelled, classes=classes, spec=recipe.data
             )
         )
-        built: dict[int, Model] = {}
+        built: dict[int, Model] = {}  # the last one
 
         def build_student(seed: int) -> Model:
+            built.clear()
             built[seed] = _model(student, recipe, "student", loaded, seed, base, tokenizer)
+            if seeds > 1 and isinstance(student, nn.Module):
+                hint = "Give a callable that makes a new module to have them drawn anew."
+                built[seed].notes.append(f"All {seeds} seeds begin from the initial weights of the module that was given. {hint}")
             return built[seed]
 
         job = Job(
@@ -151,13 +172,11 @@ def distill(
 
 def _holding(model: Model, folder: Path) -> nn.Module:
     """The student that stands in ``folder``: ``model`` itself where it was trained just now, else as it is read back."""
-    about = read_json(folder / "student" / "model.json")
-    if state_hash(model.module) == about["weights_sha256"]:
-        return model.module.eval()
-    if model.kind != "module":
-        return load(folder)
-    model.module.to(getattr(torch, about["dtype"]))
-    load_model(model.module, folder / "student" / "model.safetensors")
+    saved = folder / "student"
+    if state_hash(model.module) != read_json(saved / "model.json")["weights_sha256"]:
+        if model.kind != "module":
+            return load(folder)
+        load_into(model.module, saved, "student")
     return model.module.eval()
 
 
@@ -200,7 +219,7 @@ def _model(
     *,
     new_head: bool = False,
 ) -> Model:
-    """A module is taken as it is (a student is copied, so that the caller's own keeps its initial weights); a name is built as in a recipe."""
+    """A module is copied, so that the caller's own stays as it is; a name is built as in a recipe."""
     if isinstance(given, str | Path | dict):
         spec = recipe.student if role == "student" else recipe.teacher
         assert spec is not None
@@ -210,21 +229,96 @@ def _model(
             Problem("teacher", "a module given from Python is not trained first.", "Train it with limbeck.train(student=...).")
         )
     if isinstance(given, nn.Module):
-        module = copy.deepcopy(given) if role == "student" else given
+        module = _copied(given, role)
     else:
         with forked(seed, role):
             module = given()
         if not isinstance(module, nn.Module):
             raise UsageError(Problem(role, f"the callable returned {type(module).__name__}, not an nn.Module."))
+        with contextlib.suppress(UsageError):  # it may have returned an object that others hold too
+            module = _copied(module, role)
     return wrap_module(module, role=role, data=data, tokenizer=tokenizer, max_length=recipe.data.max_length)
 
 
-def _task_of(train: Any) -> str:
-    """Text where the first sample is text; images and float tensors are classified as images are."""
-    x = train[0] if isinstance(train, tuple) else train[0][0]
-    first = x[0] if isinstance(x, list | tuple) and len(x) else x
-    return (
-        "text-classification"
-        if isinstance(first, str) or (isinstance(first, list | tuple) and first and isinstance(first[0], str))
-        else "image-classification"
-    )
+def _copied(module: nn.Module, role: str) -> nn.Module:
+    """A deep copy; tensors that a module computes anew in each forward pass (as torch's older weight_norm does) are copied as values."""
+    values = [v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf]
+    try:
+        return copy.deepcopy(module, {id(v): v.detach().clone() for v in values})
+    except Exception as error:
+        raise UsageError(
+            Problem(
+                role,
+                f"{type(module).__name__} cannot be copied, and a run must not change your own object: {' '.join(str(error).split())[:200]}.",
+                f"Give a callable that makes it: {role}=lambda: ...",
+            )
+        ) from error
+
+
+def _ignored(
+    student: ModelLike,
+    teacher: ModelLike | None,
+    data: Mapping[str, Any],
+    learning: Mapping[str, Any],
+    options: Any,
+    tokenizer: Any,
+    seeds: int,
+) -> Iterator[Problem]:
+    """Arguments that contradict each other, or would have no effect. data, learning: arguments by name, None where not given."""
+    if not isinstance(options, Mapping):
+        yield Problem("data_options", f"a mapping is wanted, as a recipe's data section; got {type(options).__name__}.")
+        options = {}
+    if (data["data"] is None) == (data["train"] is None):
+        yield Problem("data", "give either train (and test ...), or data (a source name), and not both.")
+    elif data["data"] is not None:
+        for name in ("test", "valid", "unlabelled", "classes"):
+            if data[name] is not None:
+                hint = "Leave it out." if name == "classes" else f'Name a source: data={{"source": ..., "{name}": ...}}.'
+                yield Problem(name, "is for data given as train, and has no effect beside data.", hint)
+        for name in options if isinstance(data["data"], Mapping) else [n for n in options if n == "source"]:
+            if name == "source" or name in data["data"]:
+                yield Problem(f"data_options.{name}", "is given in data too.", "Give it once.")
+    else:
+        for name in ("source", "test", "valid", "unlabelled"):
+            if options.get(name) is not None:
+                hint = "Leave it out." if name == "source" else f"Pass {name}=."
+                yield Problem(f"data_options.{name}", "has no effect beside train, which is the data itself.", hint)
+        for name in ("test", "valid"):
+            if data[name] is not None and options.get(f"{name}_fraction") is not None:
+                yield Problem(f"data_options.{name}_fraction", f"has no effect where {name} is given.", "Leave it out.")
+    if teacher is None:
+        for name in ("temperature", "alpha", "baseline"):
+            if learning[name] is not None:
+                what = "a training has no baseline beside it." if name == "baseline" else "it weighs what a teacher says."
+                yield Problem(name, f"has no effect without a teacher: {what}", "Leave it out, or use limbeck.distill(teacher=...).")
+        if data["unlabelled"] is not None and data["data"] is None:
+            yield Problem(
+                "unlabelled", "has no effect without a teacher: nothing is learned from samples that have no label.", "Leave it out."
+            )
+    elif learning["objective"] is not None and (learning["temperature"] is not None or learning["alpha"] is not None):
+        yield Problem("objective", "was given together with temperature or alpha.", "Put them into the terms, or leave objective out.")
+    if tokenizer is not None and all(m is None or isinstance(m, str | Path | dict) for m in (student, teacher)):
+        yield Problem(
+            "tokenizer", "is for modules, and a named model has its own.", 'Name another: {"model": ..., "options": {"tokenizer": ...}}.'
+        )
+    if type(seeds) is not int or seeds < 1:
+        yield Problem("seeds", f"got {seeds!r}, expected a whole number of at least 1.")
+
+
+def _task_of(train: Any, options: Mapping[str, Any]) -> str:
+    """Text where the first sample is text; images and float tensors are classified as images are, and what cannot be read is refused later."""
+    module = type(train).__module__.partition(".")[0]
+    try:
+        if module in ("pandas", "datasets"):
+            row = train.iloc[0].to_dict() if module == "pandas" else train.with_format("arrow")[:1].to_pylist()[0]
+            text = any(options.get(key) is not None for key in ("text", "text_pair", "max_length")) or not any(
+                isinstance(value, bytes | dict) for value in row.values()
+            )
+        else:
+            first = next(iter(train[0])) if isinstance(train, tuple) else train[0][0]
+            while isinstance(first, list | tuple) and first:  # a pair of texts
+                first = first[0]
+            text = isinstance(first, str)
+    except (TypeError, ValueError, LookupError, StopIteration, NotImplementedError):
+        text = False
+    return "text-classification" if text else "image-classification"

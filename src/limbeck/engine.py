@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck.errors import Problem, UsageError
 from limbeck.types import Batch
 
-__all__ = ["Engine", "candidates", "choose_device", "measure"]
+__all__ = ["Engine", "Work", "candidates", "choose_device", "measure"]
 
 GAIN = 1.2
 """How many times faster than float32 channels-first another choice must be before ``auto`` takes it."""
@@ -95,11 +95,19 @@ def candidates(device: torch.device, layouts: list[str], precisions: list[str] |
     return [Engine(device, precision, layout) for precision in names for layout in layouts]
 
 
-def measure(engines: list[Engine], run: Callable[[Engine], Tensor], repeats: int = 3) -> tuple[Engine, dict[str, Any]]:
-    """Time ``run`` under each engine and choose.
+@dataclass(frozen=True)
+class Work:
+    """One engine's share of a measurement: ``vector()`` gives the values by which choices are compared, ``step()`` is what is timed."""
 
-    ``run`` does the work once and returns one flat vector (gradients, or logits) by which the choices are compared. The first engine is the
-    reference: another is taken if its vector has a cosine of at least 0.99 with the reference's and it is at least 1.2 times as fast.
+    vector: Callable[[], Tensor]
+    step: Callable[[], object]
+
+
+def measure(engines: list[Engine], prepare: Callable[[Engine], Work], repeats: int = 3) -> tuple[Engine, dict[str, Any]]:
+    """Time the same work under each engine and choose.
+
+    The first engine is the reference: another is taken if its vector (gradients, or logits) has a cosine of at least 0.99 with the
+    reference's and its step is at least 1.2 times as fast (median of ``repeats`` after a warm-up).
 
     Returns the choice and a record for environment.json: milliseconds and cosine of each, and the reason.
     """
@@ -108,18 +116,18 @@ def measure(engines: list[Engine], run: Callable[[Engine], Tensor], repeats: int
     baseline: Tensor | None = None
     for engine in engines:
         try:
-            vector = run(engine).detach().double().flatten()  # also the warm-up
+            work = prepare(engine)
+            vector = work.vector().detach().double().flatten()
             baseline = vector if baseline is None else baseline
             cosine = float(torch.nn.functional.cosine_similarity(vector, baseline, dim=0))
-            seconds = []
-            for _ in range(repeats):
+            work.step()
+            seconds: list[float] = []
+            while len(seconds) < repeats and sum(seconds) < 10:
                 _synchronise(engine.device)
                 start = time.perf_counter()
-                run(engine)
+                work.step()
                 _synchronise(engine.device)
                 seconds.append(time.perf_counter() - start)
-                if sum(seconds) > 10:
-                    break
             row = {"precision": engine.precision, "layout": engine.layout, "ms": 1000 * statistics.median(seconds), "cosine": cosine}
         except RuntimeError as e:
             if engine == reference:

@@ -46,7 +46,8 @@ class Feed:
 
 @dataclass
 class Recorder:
-    """Where a fit leaves its traces. ``stop`` says whether a signal asked to leave; ``validate`` is run after every epoch."""
+    """Where a fit leaves its traces. ``stop`` says whether a signal asked to leave; ``validate`` is run after every
+    epoch, ``committed`` after every checkpoint."""
 
     role: str
     checkpoints: Path
@@ -54,6 +55,7 @@ class Recorder:
     progress: Progress
     stop: Callable[[], bool] = lambda: False
     validate: Callable[[], dict[str, float]] | None = None
+    committed: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -62,8 +64,6 @@ class Trained:
 
     steps: int
     seconds: float
-    teacher_items: int
-    teacher_seconds: float
     selected_epoch: int
     history: list[dict[str, Any]] = field(default_factory=list)
     resumed_from: list[int] = field(default_factory=list)
@@ -97,7 +97,7 @@ def fit(
     average = Average(module, settings.ema) if settings.ema is not None else None
     state = _State(module, objective, optimizer, scaler, average)
     epochs = math.ceil(plan.total_steps / feed.round)
-    done = Trained(0, 0.0, 0, 0.0, epochs - 1)
+    done = Trained(0, 0.0, epochs - 1)
 
     found = checkpoint.load_newest(recorder.checkpoints, recorder.progress.say)
     if found is None:
@@ -110,12 +110,12 @@ def fit(
         recorder.log.write({"role": recorder.role, "step": found[0], "resumed_from": found[0]})
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
     began = time.perf_counter() - done.seconds
-    asked = (teacher.items - done.teacher_items, teacher.seconds - done.teacher_seconds) if teacher is not None else (0, 0.0)
     rate = _Rate()
 
     def commit() -> None:
         recorder.log.write({"role": recorder.role, "step": done.steps, "checkpoint": True})
         checkpoint.save(recorder.checkpoints, done.steps, {**state.capture(done), "log_offset": recorder.log.offset})
+        recorder.committed()
 
     requests = (plan.request(step) for step in range(done.steps, plan.total_steps))
     with Capture(module, objective.student_needs.features) as capture, _fork(engine):
@@ -133,8 +133,9 @@ def fit(
             terms: dict[str, Tensor] = {}
             for micro, (start, stop) in enumerate(cuts(len(batch), settings.accumulate)):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
-                torch.manual_seed(seed_for(seed, "dropout", request.step, micro, 0))
                 signal = teacher(part, objective.teacher_needs) if teacher is not None else None
+                # After the teacher: whether it is asked, and what it draws, must not move the student's dropout.
+                torch.manual_seed(seed_for(seed, "dropout", request.step, micro, 0))
                 with engine.autocast():
                     outputs = Outputs(student(part.student), capture.features)
                 share, values = objective(outputs, signal, part, progress=progress, counts=counts)
@@ -150,12 +151,12 @@ def fit(
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
             scaler.step(optimizer)
             scaler.update()
+            if scaler.is_enabled() and scaler.get_scale() < 1:
+                raise NonFinite(_bad_gradient(module, objective, batch, request.step, recorder.role))
             if average is not None:
                 average.update(done.steps)
             done.steps = request.step + 1
             done.seconds = time.perf_counter() - began
-            if teacher is not None:
-                done.teacher_items, done.teacher_seconds = teacher.items - asked[0], teacher.seconds - asked[1]
             rate.add(len(batch))
 
             epoch, epoch_ends = request.step // feed.round, done.steps % feed.round == 0 or done.steps == plan.total_steps
@@ -171,7 +172,7 @@ def fit(
                         "weights": objective.weights(progress),
                         "lr": lr,
                         "grad_norm": float(norm),
-                        "items_per_second": rate.value,
+                        "items_per_second": rate.value or None,
                         "memory_bytes": memory_bytes(engine.device),
                         "time": time.time(),
                     }
@@ -195,19 +196,22 @@ def fit(
                 commit()
             if leaving:
                 raise Interrupted(f"Stopped by a signal at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint.")
+    optimizer.zero_grad(set_to_none=True)
     state.finish(done)
     module.eval()
     return done
 
 
 def cuts(count: int, accumulate: int) -> list[tuple[int, int]]:
-    """The bounds of the microbatches of a step: ``accumulate`` nearly equal parts, none empty.
+    """The bounds of the microbatches of a step: ``accumulate`` nearly equal parts; fewer where one would have a single sample, which batch
+    statistics cannot be taken of.
 
-    >>> cuts(7, 2), cuts(1, 4)
-    ([(0, 4), (4, 7)], [(0, 1)])
+    >>> cuts(7, 2), cuts(5, 4), cuts(1, 4)
+    ([(0, 4), (4, 7)], [(0, 3), (3, 5)], [(0, 1)])
     """
-    size = math.ceil(count / accumulate)
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+    parts = min(accumulate, max(1, count // 2))
+    sizes = [count // parts + (i < count % parts) for i in range(parts)]
+    return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(parts)]
 
 
 def learning_rate(settings: Train, step: int, total: int) -> float:
@@ -218,9 +222,10 @@ def learning_rate(settings: Train, step: int, total: int) -> float:
     """
     warm = round(settings.warmup * total)
     if settings.schedule == "one_cycle":
-        if step < warm:
-            return _cosine(settings.lr / 25, settings.lr, step / max(1, warm))
-        return _cosine(settings.lr, settings.lr / 25e4, (step - warm) / max(1, total - 1 - warm))
+        peak = max(0.0, settings.warmup * total - 1)
+        if step < peak:
+            return _cosine(settings.lr / 25, settings.lr, step / peak)
+        return _cosine(settings.lr, settings.lr / 25e4, (step - peak) / max(1.0, total - 1 - peak))
     if step < warm:
         return settings.lr * (step + 1) / (warm + 1)
     left = (step - warm) / max(1, total - warm)
@@ -263,7 +268,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay = module, decay
-        self.values = {name: t.detach().clone() for name, t in module.state_dict().items()}
+        self.values = {name: t.detach().clone() for name, t in module.state_dict().items() if isinstance(t, Tensor)}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

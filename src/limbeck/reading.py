@@ -205,9 +205,10 @@ def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
 
 def _customary(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of ``train`` that depend on what is trained: a pretrained encoder is ruined by the learning rate that a fresh CNN wants."""
-    if check.look(plain, "train.optimizer") == "sgd":
-        return {"lr": 0.05}
-    return {"lr": 5e-5, "batch_size": 32} if plain.get("task") == "text-classification" else {}
+    text = {"lr": 5e-5, "batch_size": 32} if plain.get("task") == "text-classification" else {}
+    # AdamW's decay is apart from its gradient; added to the gradient, as SGD and Adam do, 0.05 would be a hundred times what is usual.
+    by_optimizer: dict[str, dict[str, float]] = {"sgd": {"lr": 0.05, "weight_decay": 5e-4}, "adam": {"weight_decay": 0.0}}
+    return {**text, **by_optimizer.get(str(check.look(plain, "train.optimizer")), {})}
 
 
 def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Problem]:

@@ -182,6 +182,7 @@ class Train(Section):
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """adam and adamw only."""
     weight_decay: NotNegative = 0.05
+    """Where it is not given: 0.05, with sgd 5e-4, with adam 0."""
     schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"
     warmup: BelowOne = 0.05
     """Fraction of all steps."""

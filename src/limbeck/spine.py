@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from limbeck import checkpoint
 from limbeck._choices import choose, explicit, resolved, snapshot, student_choice
 from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
 from limbeck._parts import Parts
-from limbeck._results import THROUGHPUT_BATCH, figures, joint_metrics, seed_metrics
+from limbeck._results import figures, joint_metrics, seed_metrics
 from limbeck.analysis import analyse
 from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
 from limbeck.engine import Engine, check_precision, choose_device
-from limbeck.errors import Problem, UsageError
+from limbeck.errors import Problem, Stopped, UsageError
 from limbeck.export import export_model
 from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, build_model, class_map, save_model, state_hash, validate_paths
@@ -31,7 +32,7 @@ from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
 from limbeck.run import Log, check_trackers, commit_folder, provenance, read_json, write_atomic, write_json
-from limbeck.teacher import LiveTeacher
+from limbeck.teacher import LiveTeacher, Meter
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
 
@@ -114,15 +115,21 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     student = job.build_student(recipe.seed)
     _check_layers(recipe, student, teacher)
     parts = Parts(recipe, data, student.preprocessing, None if teacher is None else teacher.preprocessing)
-    objective = parts.objective(student, teacher, recipe.seed)
+    parts.probe(student, teacher)
+    objective = parts.objective(recipe.seed)
     notes = [
         *check_trackers(recipe.track),
         *data.notes,
         *student.notes,
         *(teacher.notes if teacher is not None else []),
-        *_warnings(student, teacher, to_train),
+        *_warnings(recipe, student, teacher, to_train),
     ]
-    facts = {"data": data.fingerprint, "teacher": None if teacher is None else teacher.weights_sha256, "seeds": job.seeds}
+    facts = {
+        "data": data.fingerprint,
+        "teacher": None if teacher is None else teacher.weights_sha256,
+        "student": student.weights_sha256,
+        "seeds": job.seeds,
+    }
     recorded = matches(job.out, recipe, facts)
     for note in notes:
         progress.say(note)
@@ -131,7 +138,9 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
 
     stop = Stop()
     resumed: dict[str, list[int]] = {}
+    meter = None if teacher is None else Meter(teacher.module)
     make(job.out)
+    cost = _Cost(job.out / "checkpoints" / "cost.json", meter, began)
     for folder in (job.out, *(p for p in job.out.rglob("*") if p.is_dir())):
         checkpoint.sweep(folder)
     with stop.listening():
@@ -139,31 +148,56 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
             write_json(job.out / "environment.json", {"facts": facts})
         if teacher is not None and to_train:
-            teacher, resumed["teacher"] = _train_teacher(job, teacher, parts, device, progress, stop)
+            teacher, resumed["teacher"] = _train_teacher(job, teacher, device, progress, stop, cost)
             columns = None
         environment = recorded[1] if recorded is not None else {}
         if recorded is None or "choices" not in environment:
             batch = parts.first_batch(recipe, with_teacher=teacher is not None)
-            engines, choices = choose(recipe, student, teacher, columns, objective, batch, device)
+            engines, choices = choose(recipe, student, teacher, columns, objective, batch, device, meter)
             workers, why = choose_workers(recipe.train.workers, data.train, parts.augment)
             choices["workers"] = {"value": workers, "reason": why}
             choices["pin_memory"] = {"value": device.type == "cuda", "reason": f"the device is {device.type}"}
             recipe = resolved(recipe, engines, workers)
             environment = {**provenance(), **_where(engines, device), "choices": choices, "facts": facts}
-            write_json(job.out / "environment.json", environment)
+            # The recipe first: choices that stand in the environment are taken from the recipe on resume.
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
+            write_json(job.out / "environment.json", environment)
         else:
             recipe = recorded[0]
             engines = explicit(recipe, device)
         parts.recipe = recipe
-        asked = None if teacher is None else LiveTeacher(teacher, engines["teacher"], columns)
-        shared = _Shared(parts, engines["student"], asked, notes, environment, progress, stop, began, resumed)
+        asked = None if teacher is None else LiveTeacher(teacher, engines["teacher"], columns, meter)
+        shared = _Shared(parts, engines["student"], asked, notes, environment, progress, stop, cost, resumed)
         result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, student, shared)
-        if asked is not None:
-            asked.check_untouched()
+    if meter is not None:
+        meter.close()
     progress.say(result["verdict"])
     progress.say(f"Report: {job.out / 'report.html'}")
     return result
+
+
+class _Cost:
+    """What the run has cost so far, over all its processes: kept beside the checkpoints, so that a resume goes on counting."""
+
+    def __init__(self, path: Path, meter: Meter | None, began: float) -> None:
+        self.path, self.meter, self.began = path, meter, began
+        self.before = read_json(path) if path.is_file() else {"teacher_items": 0, "teacher_seconds": 0.0, "total_seconds": 0.0}
+
+    def so_far(self) -> dict[str, Any]:
+        items, seconds = (0, 0.0) if self.meter is None else (self.meter.items, self.meter.seconds)
+        earlier = self.before["teacher_seconds"]
+        return {
+            "teacher_items": self.before["teacher_items"] + items,
+            "teacher_seconds": None if seconds is None or earlier is None else earlier + seconds,
+            "total_seconds": self.before["total_seconds"] + time.perf_counter() - self.began,
+        }
+
+    def since(self, start: dict[str, Any]) -> dict[str, Any]:
+        return {k: None if v is None or start[k] is None else v - start[k] for k, v in self.so_far().items()}
+
+    def keep(self) -> None:
+        make(self.path.parent)
+        write_json(self.path, self.so_far())
 
 
 @dataclass
@@ -177,7 +211,7 @@ class _Shared:
     environment: dict[str, Any]
     progress: Progress
     stop: Stop
-    began: float
+    cost: _Cost
     resumed: dict[str, list[int]]
     teacher_figures: dict[str, Any] = field(default_factory=dict)
     teacher_logits: np.ndarray[Any, Any] | None = None
@@ -197,18 +231,18 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
     log = Log(folder)
     try:
         log.track(list(recipe.track), folder, recipe.model_dump(mode="json"))
-        initial, asked_before = snapshot(student.module), (0, 0.0) if teacher is None else (teacher.items, teacher.seconds)
+        begun = shared.cost.so_far() if folder != job.out else {"teacher_items": 0, "teacher_seconds": 0.0, "total_seconds": 0.0}
         trained: dict[str, tuple[Trained, State]] = {}
-        with_teacher = teacher is not None and parts.objective(student, teacher.model, recipe.seed).needs_teacher
+        # The baseline is a module of its own from the same initial weights: what a state_dict does not hold cannot leak into it.
+        baseline = replace(student, module=copy.deepcopy(student.module)) if teacher is not None and recipe.baseline else None
         stop.between("the training of the student")
-        trained["student"] = _train_role(
-            "student", folder, recipe, student, parts.objective(student, teacher.model if teacher else None, recipe.seed),
-            teacher if with_teacher else None, shared, log,
-        )  # fmt: skip
-        if teacher is not None and recipe.baseline:
+        trained["student"] = _train_role("student", folder, recipe, student, parts.objective(recipe.seed), teacher, shared, log)
+        if teacher is not None:
+            teacher.check_untouched()
+        if baseline is not None:
             stop.between("the training of the baseline")
-            student.module.load_state_dict(initial)
-            trained["baseline"] = _train_role("baseline", folder, recipe, student, parts.baseline_objective(), None, shared, log)
+            trained["baseline"] = _train_role("baseline", folder, recipe, baseline, parts.baseline_objective(), None, shared, log)
+            del baseline
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
         steps = [step for found in resumed.values() for step in found]
@@ -226,14 +260,20 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
                 student.module.load_state_dict(trained[role][1])
                 shared.exact.place(student.module)
                 logits[role] = parts.logits(student, data.test, shared.exact)
-                measured[role] = figures(student, logits[role], data.test.labels, parts.sample_inputs(THROUGHPUT_BATCH), shared.exact)
+                measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact)
         stop.between("the export")
         exported: dict[str, Any] = {}
+        failure: Stopped | None = None
         if recipe.export:
             Engine(torch.device("cpu")).place(student.module)
             shared.progress.say(f"exporting {', '.join(recipe.export)}")
             inputs = {k: v.float() if v.is_floating_point() else v for k, v in parts.sample_inputs(PARITY_SAMPLES).items()}
-            exported = export_model(student, list(recipe.export), folder / "export", inputs=inputs, classes=data.classes, task=recipe.task)
+            try:
+                exported = export_model(
+                    student, list(recipe.export), folder / "export", inputs=inputs, classes=data.classes, task=recipe.task
+                )
+            except Stopped as e:  # what was trained and measured is kept and reported; the exit code still says that the export failed
+                failure = e
             shared.exact.place(student.module)
             student.module.load_state_dict(trained["student"][1])
         result = seed_metrics(
@@ -243,16 +283,18 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             logits,
             runs,
             exported,
-            teacher=(0, 0.0) if teacher is None else (teacher.items - asked_before[0], teacher.seconds - asked_before[1]),
-            total_seconds=time.perf_counter() - shared.began,
-            notes=shared.notes,
+            cost=shared.cost.since(begun),
+            notes=[*shared.notes, *([f"The export failed: {failure}"] if failure else [])],
         )
         write_json(folder / "analysis.json", analyse(labels=data.test.labels, logits=logits, classes=data.classes, sample=_sampler(data)))
         write_json(folder / "metrics.json", result)
     finally:
         log.close()
     write_report([folder], folder / "report.html")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if failure is not None:
+        raise failure
+    if folder == job.out:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 
@@ -265,7 +307,8 @@ def _train_role(
     feed = make_feed(
         recipe, with_teacher=teacher is not None, workers=choices["workers"]["value"], pin_memory=choices["pin_memory"]["value"]
     )
-    recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, parts.validation(student, shared.engine))
+    validate = parts.validation(student, shared.engine)
+    recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep)
     return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes)
 
 
@@ -282,15 +325,17 @@ def _fit_once(
 ) -> tuple[Trained, State]:
     """Fit, unless ``final`` stands and its last state is on record; commit the model as ``final``."""
     done = recorder.checkpoints.with_name(f"{recorder.checkpoints.name}-done")
-    found = checkpoint.load_newest(done, recorder.progress.say) if final.is_dir() else None
+    found = checkpoint.load_newest(done, recorder.progress.say)
     if found is not None:
+        engine.place(student.module)
         student.module.load_state_dict(found[1]["student"])
-        return Trained(**found[1]["done"]), found[1]["student"]
-    trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder)
-    state = snapshot(student.module)
-    # The last state first: a folder with the final name and no record of its training would be trained again.
-    checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
-    save_model(student, final, classes)
+        trained, state = Trained(**found[1]["done"]), found[1]["student"]
+    else:
+        trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder)
+        state = snapshot(student.module)
+        checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
+    if not final.is_dir():
+        save_model(student, final, classes)
     return trained, state
 
 
@@ -310,7 +355,7 @@ def _teacher(job: Job) -> tuple[Model | None, np.ndarray[Any, Any] | None, bool]
     return job.build_teacher(True), None, True
 
 
-def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device, progress: Progress, stop: Stop) -> tuple[Model, list[int]]:
+def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Progress, stop: Stop, cost: _Cost) -> tuple[Model, list[int]]:
     """Fine-tune the teacher on the labelled rows with cross entropy (``teacher.train``); committed as ``out/teacher``, once for all seeds.
 
     Returns it, and the steps from which its training was resumed.
@@ -332,7 +377,8 @@ def _train_teacher(job: Job, teacher: Model, parts: Parts, device: torch.device,
     workers, _ = choose_workers(recipe.train.workers, job.data.train, own.augment)
     log = Log(job.out)
     try:
-        recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, own.validation(teacher, engine))
+        validate = own.validation(teacher, engine)
+        recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep)
         feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
         trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes)
     finally:
@@ -350,10 +396,11 @@ def _evaluate_teacher(shared: _Shared) -> tuple[np.ndarray[Any, Any], dict[str, 
         with teacher.placed(shared.exact):
             start = time.perf_counter()
             logits = parts.logits(teacher.model, parts.data.test, shared.exact)
-            teacher.items, teacher.seconds = teacher.items + len(logits), teacher.seconds + time.perf_counter() - start
+            teacher.meter.add(time.perf_counter() - start, shared.exact.device)
             shared.teacher_logits = teacher.in_data_order(logits)
-            inputs = parts.sample_inputs(THROUGHPUT_BATCH, teacher.model.preprocessing)
-            shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, inputs, shared.exact)
+            samples = parts.samples(teacher.model.preprocessing)
+            shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, samples, shared.exact)
+        teacher.check_untouched()
     return shared.teacher_logits, shared.teacher_figures
 
 
@@ -368,10 +415,10 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
             results.append(read_json(child / "metrics.json"))
             continue
         shared.progress.say(f"seed {seed}")
-        shared.began = time.perf_counter()
         own = recipe.model_copy(update={"seed": seed})
         results.append(_one_seed(job, child, own, job.build_student(seed), shared))
     result, best = joint_metrics(results)
+    result["cost"] |= shared.cost.so_far()
     for name in ("student", "baseline", "export"):
         if (children[best] / name).is_dir():
             with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=job.out) as temporary:
@@ -403,7 +450,7 @@ def _check_layers(recipe: Recipe, student: Model, teacher: Model | None) -> None
         raise UsageError(problems)
 
 
-def _warnings(student: Model, teacher: Model | None, to_train: bool) -> list[str]:
+def _warnings(recipe: Recipe, student: Model, teacher: Model | None, to_train: bool) -> list[str]:
     """What a person should know before the run, and is free to do."""
     if teacher is None:
         return []

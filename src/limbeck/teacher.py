@@ -9,27 +9,46 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.engine import Engine
 from limbeck.errors import LimbeckError
-from limbeck.models import Capture, Model, state_hash
+from limbeck.models import Capture, Model, logits_of, state_hash
 from limbeck.types import Batch, Needs, Signal
 
-__all__ = ["LiveTeacher", "Teacher"]
+__all__ = ["LiveTeacher", "Meter", "Teacher"]
 
 
 class Teacher(Protocol):
     """Whatever can say, for a batch, what a student should learn from.
 
-    ``items`` and ``seconds`` count the samples that a forward pass was run on and the time it took.
+    ``identity`` says which weights and which preparation of inputs it answers with.
     """
 
     identity: dict[str, Any]
-    items: int
-    seconds: float
 
     def __call__(self, batch: Batch, needs: Needs) -> Signal: ...
+
+
+class Meter:
+    """Counts the samples of every forward pass of a module, for whatever purpose, and the seconds that teaching took.
+
+    ``seconds`` is None on CUDA, where a call returns before its work is done.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.items = 0
+        self.seconds: float | None = 0.0
+        self._handle = module.register_forward_hook(self._count)
+
+    def _count(self, module: nn.Module, arguments: Any, outputs: Any) -> None:
+        self.items += len(logits_of(outputs))
+
+    def add(self, seconds: float, device: torch.device) -> None:
+        self.seconds = None if device.type == "cuda" or self.seconds is None else self.seconds + seconds
+
+    def close(self) -> None:
+        self._handle.remove()
 
 
 class LiveTeacher:
@@ -38,16 +57,17 @@ class LiveTeacher:
     columns: ``(C,)`` int64, the teacher's output for each class of the data (a class-order mismatch found by label names), or None.
     """
 
-    def __init__(self, model: Model, engine: Engine, columns: np.ndarray[Any, np.dtype[np.int64]] | None = None) -> None:
+    def __init__(
+        self, model: Model, engine: Engine, columns: np.ndarray[Any, np.dtype[np.int64]] | None = None, meter: Meter | None = None
+    ) -> None:
         self.model = model
+        self.meter = meter or Meter(model.module)
         self.engine = engine
         self.identity: dict[str, Any] = {
             "weights_sha256": model.weights_sha256,
             "spec": model.spec,
             "preprocessing": vars(model.preprocessing),
         }
-        self.items = 0
-        self.seconds = 0.0
         engine.place(model.module)
         self._columns = None if columns is None else torch.from_numpy(columns).to(engine.device)
         self._before = state_hash(model.module)
@@ -63,8 +83,7 @@ class LiveTeacher:
             features = dict(capture.features)
         if self._columns is not None:
             logits = logits.index_select(-1, self._columns)
-        self.items += len(batch)
-        self.seconds += time.perf_counter() - start
+        self.meter.add(time.perf_counter() - start, self.engine.device)
         return Signal(logits, features)
 
     def in_data_order(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

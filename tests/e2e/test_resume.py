@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 import limbeck as package
-from running import arrays, left_over, limbeck, lines, make_folder, read, recipe, run, start, steps, wait_for, weights
+from running import Started, arrays, fork, left_over, limbeck, lines, make_folder, read, recipe, run, start, steps, wait_for, weights
 
 RICH: dict[str, Any] = {
     "teacher": {"model": "python:nets.py:teacher", "train": {"epochs": 2}},
@@ -32,8 +31,8 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begin(there: Path, out: Path, *more: Any) -> subprocess.Popen[str]:
-    return start("distill", there / "recipe.yaml", "--out", out, *more, SLOW="0.05")
+def begin(there: Path, out: Path) -> Started:
+    return fork("distill", there / "recipe.yaml", "--out", out, said=out.with_suffix(".said"), SLOW="0.05")
 
 
 def same_as_quiet(there: Path, out: Path) -> None:
@@ -51,7 +50,8 @@ def same_as_quiet(there: Path, out: Path) -> None:
 @pytest.mark.parametrize("role", ["teacher", "student", "baseline"])
 def test_sigterm_in_mid_epoch(there: Path, tmp_path: Path, role: str) -> None:
     out = tmp_path / "run"
-    process = begin(there, out)
+    # a process of its own, as a person starts it, for one of them
+    process = start("distill", there / "recipe.yaml", "--out", out, SLOW="0.05") if role == "student" else begin(there, out)
     wait_for(process, lambda: len(steps(out, role)) >= 4)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
@@ -62,7 +62,7 @@ def test_sigterm_in_mid_epoch(there: Path, tmp_path: Path, role: str) -> None:
     done = steps(out, role)[-1]
     assert 4 <= done < STEPS
     assert done % 3, "the signal was to come in mid-epoch: make SLOW larger"
-    if role == "student":  # in a process of its own, as a person does it
+    if role == "student":
         again = start("distill", "--resume", "--out", out, "--json")
         shown, said = again.communicate(timeout=240)
         assert again.returncode == 0, said
@@ -167,7 +167,7 @@ def test_changed_data_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     import numpy as np
 
     folder = make_folder(tmp_path)
-    process = start("distill", recipe(folder, train={"checkpoint_every": 1}), "--out", folder / "run", SLOW="0.05")
+    process = fork("distill", recipe(folder, train={"checkpoint_every": 1}), "--out", folder / "run", said=folder / "said", SLOW="0.05")
     wait_for(process, lambda: len(steps(folder / "run", "student")) >= 2)
     process.kill()
     process.communicate(timeout=60)
@@ -182,7 +182,7 @@ def test_several_seeds_go_on_where_they_were(there: Path, tmp_path: Path) -> Non
     """Killed in the second seed: the first is not trained again, and --resume alone knows that there are two."""
     file = recipe(there, "two.yaml", train={"checkpoint_every": 1})
     out = tmp_path / "run"
-    process = start("distill", file, "--seeds", "2", "--out", out, SLOW="0.05")
+    process = fork("distill", file, "--seeds", "2", "--out", out, said=tmp_path / "said", SLOW="0.05")
     wait_for(process, lambda: len(steps(out / "seed-1", "student")) >= 2)
     process.kill()
     process.communicate(timeout=60)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from limbeck.data import BatchBuilder, Plan, Request, Split, choose_workers, eva
 from limbeck.data.ids import array_ids, text_ids
 from limbeck.data.sources import ArrayImages, FileImages, ImageList, Joined, Tensors, Texts
 from limbeck.errors import LimbeckError, UsageError
+from limbeck.randomness import order
 from limbeck.recipe import Augment
 from limbeck.types import Batch, ImagePreprocessing, TensorPreprocessing, TextPreprocessing
 
@@ -69,6 +73,37 @@ def test_views_repeat_and_single_samples_are_dropped() -> None:
     assert Plan(split, seed=0, data_seed=0, epochs=9, batch_size=8, total_steps=7).total_steps == 7
     with pytest.raises(IndexError):
         plan.request(20)
+
+
+@pytest.mark.parametrize("count", [1, 5, 20, 64, 1003])
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_a_number_of_steps_is_of_whole_batches_over_the_epochs_ends(count: int, bucketed: bool) -> None:
+    """What a baseline with fewer rows reads: every step as large as the student's, every epoch once before the next."""
+    split, steps = images(count), 400
+    lengths = np.random.default_rng(1).integers(1, 90, count) if bucketed else None
+    arguments: dict[str, Any] = {"seed": 5, "data_seed": 0, "batch_size": 8, "lengths": lengths, "views": 3, "drop_single": True}
+    plan = Plan(split, epochs=steps, total_steps=steps, **arguments)
+    assert plan.total_steps == steps
+    requests = [plan.request(s) for s in range(steps)]
+    assert {len(r.rows) for r in requests} == {8}
+    assert [r.epoch for r in requests] == [s * 8 // count for s in range(steps)]
+    assert [r.view for r in requests] == [r.epoch % 3 for r in requests]
+    read = np.concatenate([r.rows for r in requests])
+    times = np.bincount(read, minlength=count)
+    assert times.max() - times.min() <= (1 if lengths is None else 2)
+    if lengths is None:
+        for epoch in range(len(read) // count):
+            assert sorted(read[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+            assert read[epoch * count : (epoch + 1) * count].tolist() == order(count, 5, "order", epoch).tolist()
+    elif count == 1003:
+        assert np.mean([np.ptp(lengths[r.rows]) for r in requests]) < 0.25 * 60  # at random it would be about 70
+    if count >= 20:
+        assert max(np.bincount(r.rows).max() for r in requests) <= 2
+    for step in (0, 1, 17, 250, steps - 1):  # any step can be the first
+        fresh = Plan(split, epochs=steps, total_steps=steps, **arguments).request(step)
+        assert np.array_equal(fresh.rows, requests[step].rows)
+    with pytest.raises(IndexError):
+        plan.request(steps)
 
 
 def test_evaluation_requests_cover_a_split() -> None:
@@ -294,6 +329,64 @@ def test_a_missing_file_in_a_worker_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(LimbeckError, match=r"0\.png could not be read") as e:
         list(stream(build, evaluation_requests(split, 2), workers=1))
     assert "Traceback" not in str(e.value)
+
+
+SIGNALLED = """
+import os, signal, sys, time
+import numpy as np
+from limbeck.data import BatchBuilder, Request, Split, stream
+from limbeck.data.sources import Tensors
+from limbeck.types import TensorPreprocessing
+
+class Slow(BatchBuilder):
+    def __call__(self, request):
+        time.sleep({sleep})
+        return super().__call__(request)
+
+if __name__ == "__main__":
+    told = []
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    split = Split("train", Tensors(np.zeros((40, 2))), np.arange(40), np.zeros((40, 2), np.uint64), np.zeros(40, int))
+    build = Slow(split, student=TensorPreprocessing((2,)), num_classes=2)
+    batches = stream(build, (Request(s, 0, 0, np.arange(2)) for s in range(12)), workers=2)
+    seen = []
+    for request, _ in batches:
+        if request.step == 2:
+            os.killpg(0, signal.SIGTERM)
+        seen.append(request.step)
+        if request.step == {last}:
+            break
+    batches.close()
+    print(told == [signal.SIGTERM], seen == list(range({last} + 1)), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("sleep", "last"), [(0.2, 11), (0.6, 5)])
+def test_a_sigterm_to_the_whole_group_is_the_main_processs_to_handle(tmp_path: Path, sleep: float, last: int) -> None:
+    """docker stop, systemd and schedulers tell every process; the batches under way still come, and the workers end with the stream."""
+    script = tmp_path / "script.py"
+    script.write_text(SIGNALLED.format(sleep=sleep, last=last))
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, start_new_session=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
+    assert "Traceback" not in done.stderr
+
+
+def stuck(request: Request) -> Any:
+    time.sleep(0.0 if request.step == 0 else 600.0)
+    return request.step
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_ended_with_the_stream() -> None:
+    batches = stream(stuck, (Request(s, 0, 0, np.arange(2)) for s in range(3)), workers=1)
+    next(batches)
+    before = {p.pid for p in multiprocessing.active_children()}
+    assert before
+    batches.close()
+    assert not [p for p in multiprocessing.active_children() if p.pid in before]
 
 
 def test_workers_are_chosen_with_a_reason(tmp_path: Path) -> None:

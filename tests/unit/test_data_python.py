@@ -115,9 +115,9 @@ def test_texts_and_pairs() -> None:
 
 @pytest.mark.parametrize("given", [IMAGES[:6], torch.from_numpy(IMAGES[:6]), [*IMAGES[:6]], Samples("bare"), Samples("pil")])
 def test_unlabelled_samples_join_the_training_split(given: Any) -> None:
-    data = make(train=(IMAGES, LABELS), unlabelled=given)
+    data = make(train=(255 - IMAGES, LABELS), unlabelled=given)
     assert (data.train.labels[40:] == -1).all()
-    assert np.array_equal(np.asarray(data.train.read([41, 3])), IMAGES[[1, 3]])
+    assert np.array_equal(np.asarray(data.train.read([41, 3])), np.stack([IMAGES[1], 255 - IMAGES[3]]))
     assert len(data.train) == 40 + len(given)
 
 

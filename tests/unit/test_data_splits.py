@@ -104,6 +104,28 @@ def test_notes_tell_of_duplicates_contradictions_and_limits() -> None:
     assert first < second
 
 
+def test_unlabelled_rows_of_other_splits_are_left_out() -> None:
+    """The same array given labelled and unlabelled: no test or validation row is trained on, and no labelled row stands twice."""
+    x, y = RNG.normal(size=(200, 3)), np.arange(200) % 2
+    data = data_from_python(task="image-classification", train=(x, y), unlabelled=np.concatenate([x, x[:7] + 9]))
+    for split in (data.test, data.valid):
+        assert len(split)
+        assert not set(map(bytes, split.ids)) & set(map(bytes, data.train.ids))
+    labelled = data.train.labels >= 0
+    assert labelled.sum() == 200 - len(data.test) - len(data.valid)
+    assert np.array_equal(np.asarray(data.train.read(np.flatnonzero(~labelled))), x[:7] + 9)
+    assert np.array_equal(data.train.ids[~labelled], array_ids(x[:7] + 9))
+    notes = " ".join(data.notes)
+    assert f"{len(data.test)} of 207 unlabelled rows have the same content as a row of the test split" in notes
+    assert f"{len(data.valid)} of 207 unlabelled rows have the same content as a row of the valid split" in notes
+    assert f"{labelled.sum()} of 207 unlabelled rows have the same content as a labelled training row" in notes
+    given = (RNG.normal(size=(20, 3)), np.arange(20) % 2)
+    other = data_from_python(task="image-classification", train=(x, y), test=given, valid=given, unlabelled=given[0])
+    assert len(other.train) == 200
+    assert other.fingerprint == data_from_python(task="image-classification", train=(x, y), test=given, valid=given).fingerprint
+    assert "20 of 20 unlabelled rows" in " ".join(other.notes)
+
+
 def test_impossible_limits_and_fractions_are_refused() -> None:
     x, y = RNG.normal(size=(50, 3)), np.arange(50) % 5
     with pytest.raises(UsageError, match="less than one sample for each of the 5 classes"):

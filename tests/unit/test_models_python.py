@@ -28,6 +28,20 @@ from limbeck.models import (
 from limbeck.types import TensorPreprocessing
 from models_support import NAMES, floats, images, spec, texts, tokenizer_in
 
+FROZEN = """
+from torch import nn
+
+def net():
+    return nn.Linear(6, 4).requires_grad_(False)
+
+class Cut(nn.Module):
+    def forward(self, x):
+        return x[:, :4]
+
+def empty():
+    return Cut()
+"""
+
 NET = """
 import torch
 from torch import nn
@@ -218,8 +232,7 @@ def test_capture_keeps_features_and_leaves_nothing_behind() -> None:
     x = torch.randn(3, 6)
     with Capture(net, ["first", "pair", "pair:b"]) as capture:
         net(x)
-        features = capture.take()
-        assert capture.features == {}
+    features = capture.features
     assert torch.equal(features["first"], net.first(x))
     assert torch.equal(features["pair"], features["first"] + 1)
     assert torch.equal(features["pair:b"], features["first"] * 2)
@@ -231,6 +244,82 @@ def test_capture_keeps_features_and_leaves_nothing_behind() -> None:
     assert not net.first._forward_hooks
     with pytest.raises(UsageError, match="no tensor at 'c'"), Capture(net, ["pair:c"]):
         net(x)
+
+
+class Residual(nn.Module):
+    """What comes after ``norm`` works in place: the sum first, then the ReLU, as in every ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.body(x))
+        out += x
+        return self.head(self.relu(out))
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_feature_is_what_its_layer_gave_whatever_works_in_place_after_it(gradient: bool) -> None:
+    net, x = Residual(), torch.randn(5, 6)
+    with torch.set_grad_enabled(gradient), Capture(net, ["norm", "relu"]) as capture:
+        logits = net(x)
+    clean = Residual()
+    clean.load_state_dict({name: value for name, value in net.state_dict().items() if "running" not in name}, strict=False)
+    given = clean.norm(clean.body(x))
+    assert torch.equal(capture.features["norm"], given)
+    assert torch.equal(capture.features["relu"], (given + x).relu())
+    if gradient:
+        (capture.features["norm"].pow(3).sum() + logits.sum()).backward()
+        (given.pow(3).sum() + clean.head((given + x).relu()).sum()).backward()
+        for (name, p), q in zip(net.named_parameters(), clean.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_what_was_captured_is_not_the_layers_own_memory() -> None:
+    images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity()).to(memory_format=torch.channels_last)
+    with Capture(images, ["0"]) as capture:
+        out = images(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last))
+    assert capture.features["0"].is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        before = capture.features["0"].clone()
+        out.zero_()
+    assert torch.equal(capture.features["0"], before)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_student_that_has_nothing_to_train_is_refused(here: Path, named: bool) -> None:
+    (here / "frozen.py").write_text(FROZEN)
+    student = "requires_grad"
+    if named:
+        with pytest.raises(UsageError, match=student):
+            build("python:frozen.py:net", floats(), here)
+        with pytest.raises(UsageError, match="no parameters"):
+            build("python:frozen.py:empty", floats(), here)
+        assert build("python:frozen.py:net", floats(), here, role="teacher").num_classes == 4
+        with pytest.raises(UsageError, match=r"^teacher.*requires_grad"):
+            build_model(spec("python:frozen.py:net"), role="teacher", data=floats(), seed=0, base=here, new_head=True)
+    else:
+        net = nn.Linear(6, 4).requires_grad_(False)
+        with pytest.raises(UsageError, match=student):
+            wrap_module(net, role="student", data=floats())
+        assert wrap_module(net, role="teacher", data=floats()).num_classes == 4
+
+
+def test_state_that_is_no_tensor_is_not_saved_and_the_student_says_so() -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            raise AssertionError
+
+    model = wrap_module(Counting(6, 4), role="student", data=floats())
+    assert any("get_extra_state" in note for note in model.notes)
+    assert not wrap_module(nn.Linear(6, 4), role="student", data=floats()).notes
 
 
 def test_paths_are_judged_all_at_once() -> None:

@@ -245,7 +245,7 @@ def test_a_hugging_face_object_from_python(tmp_path: Path) -> None:
     tokenizer_in(tmp_path)
     module = BertForSequenceClassification(text_config("bert", 1, num_labels=4))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="student_tokenizer"):
+    with pytest.raises(UsageError, match="needs its tokenizer"):
         wrap_module(module, role="student", data=texts())
     model = wrap_module(module, role="student", data=texts(), tokenizer=tokenizer)
     assert model.module is module

@@ -36,7 +36,7 @@ def test_it_answers_to_its_own_inputs_in_eval_mode_without_gradient() -> None:
     torch.testing.assert_close(signal.features["body"], plain.body(teacher_x).detach(), rtol=0, atol=0)
     assert not any(t.requires_grad for t in (signal.logits, *signal.features.values()))
     assert state_hash(teacher.model.module) == before
-    assert teacher.items == 5
+    assert teacher.meter.items == 5
 
 
 def test_its_outputs_come_in_the_order_of_the_datas_classes() -> None:

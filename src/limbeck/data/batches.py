@@ -43,7 +43,11 @@ class Plan:
 
     Each epoch visits every sample once, in an order that depends on (seed, epoch) alone, or, with ``lengths``, in batches of similar
     length. The last batch of an epoch may be smaller; ``drop_single`` leaves out one of a single sample (which BatchNorm cannot take).
-    ``views``: view = epoch mod views; None: view = epoch. ``total_steps``: stop after that many instead of after whole epochs.
+    ``views``: view = epoch mod views; None: view = epoch.
+
+    ``total_steps``: instead of ``epochs``, that many steps of exactly ``batch_size`` rows, cut from the epochs laid end to end, so that a
+    step may run over an epoch's end and fewer rows than a batch repeat within it. A step belongs to the epoch of its first row.
+    ``steps_per_epoch`` is then how many whole batches an epoch has, at least one.
     """
 
     def __init__(
@@ -64,36 +68,47 @@ class Plan:
         self.seed, self.data_seed, self.epochs, self.batch_size, self.views = seed, data_seed, epochs, batch_size, views
         self._lengths = lengths
         self._count = len(split)
-        if drop_single and self._count > 1 and batch_size > 1 and self._count % batch_size == 1:
-            self._used = self._count - 1
-        else:
-            self._used = self._count
-        self.steps_per_epoch = -(-self._used // batch_size)
+        self._endless = total_steps is not None
+        single = drop_single and self._count > 1 and batch_size > 1 and self._count % batch_size == 1
+        self._used = self._count - 1 if single else self._count
+        self.steps_per_epoch = max(1, self._count // batch_size) if self._endless else -(-self._used // batch_size)
         self.total_steps = self.steps_per_epoch * epochs if total_steps is None else total_steps
-        self._epoch: tuple[int, list[Int64]] = (-1, [])
+        self._round: tuple[int, list[Int64]] = (-1, [])
 
     def request(self, step: int) -> Request:
         """The batch of one optimiser step, ``0 <= step < total_steps``."""
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of {self.total_steps}")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        number, batches = self._epoch
-        if number != epoch:
-            batches = self._batches(epoch)
-            self._epoch = (epoch, batches)
+        wanted, place = divmod(step, self.steps_per_epoch)
+        number, batches = self._round
+        if number != wanted:
+            batches = self._batches(wanted)
+            self._round = (wanted, batches)
+        epoch = step * self.batch_size // self._count if self._endless else wanted
         view = epoch if self.views is None else epoch % self.views
         return Request(step, epoch, view, batches[place])
 
-    def _batches(self, epoch: int) -> list[Int64]:
-        chosen = order(self._count, self.seed, "order", epoch)[: self._used]
+    def _batches(self, number: int) -> list[Int64]:
+        """The batches of ``steps_per_epoch`` steps: of an epoch, or of as many rows of the epochs laid end to end."""
+        chosen = self._stretch(number) if self._endless else self._order(number)[: self._used]
         if self._lengths is None:
             return _cut(chosen, self.batch_size)
         size = self.batch_size * _BUCKET
         batches: list[Int64] = []
-        for start in range(0, self._used, size):
+        for start in range(0, len(chosen), size):
             bucket = chosen[start : start + size]
             batches += _cut(bucket[np.argsort(self._lengths[bucket], kind="stable")], self.batch_size)
-        return [batches[i] for i in order(len(batches), self.seed, "batches", epoch)]
+        return [batches[i] for i in order(len(batches), self.seed, "batches", number)]
+
+    def _stretch(self, number: int) -> Int64:
+        size = self.steps_per_epoch * self.batch_size
+        start, stop = number * size, (number + 1) * size
+        first, last = start // self._count, (stop - 1) // self._count
+        rows = np.concatenate([self._order(epoch) for epoch in range(first, last + 1)])
+        return rows[start - first * self._count : stop - first * self._count]
+
+    def _order(self, epoch: int) -> Int64:
+        return order(self._count, self.seed, "order", epoch)
 
 
 def _cut(rows: Int64, size: int) -> list[Int64]:

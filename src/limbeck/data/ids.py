@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-__all__ = ["Ids", "array_id", "array_ids", "bytes_id", "from_digests", "groups", "hex_of", "text_ids"]
+__all__ = ["Ids", "array_id", "array_ids", "bytes_id", "from_digests", "groups", "text_ids"]
 
 Ids = npt.NDArray[np.uint64]
 """``(N, 2)`` uint64: the two words of each hash, the high one first."""
@@ -43,11 +43,6 @@ def text_ids(texts: Sequence[str], pairs: Sequence[str | None] | None = None) ->
         return from_digests(xxhash.xxh3_128_digest(f"{t}\x1f".encode("utf-8", "surrogatepass")) for t in texts)
     both = (f"{t}\x1f{p or ''}" for t, p in zip(texts, pairs, strict=True))
     return from_digests(xxhash.xxh3_128_digest(b.encode("utf-8", "surrogatepass")) for b in both)
-
-
-def hex_of(digest: bytes) -> str:
-    """A digest as it is written in JSON."""
-    return digest.hex()
 
 
 def groups(ids: Ids) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

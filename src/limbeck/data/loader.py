@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,13 +99,25 @@ def _same(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal to the whole group is the main process's to handle
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _start_fork_server() -> None:
+    """Start it with SIGTERM blocked, which it keeps: its end would be the workers' end. Here the signal only waits for a moment."""
+    resource_tracker.ensure_running()  # first, for it unblocks signals after its own start
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_memory: bool) -> Iterator[tuple[Request, Batch]]:
     # a process that has run OpenMP work must not fork, and importing torch once in the fork server saves seconds a worker
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["limbeck.data.loader"])
+    _start_fork_server()
     sampler: Any = requests
     loader: DataLoader[Any] = DataLoader(
         _Built(builder),
@@ -116,7 +129,9 @@ def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_me
         worker_init_fn=_start_worker,
         multiprocessing_context=context,
     )
+    before = {p.pid for p in multiprocessing.active_children()}
     batches = iter(loader)
+    processes = [p for p in multiprocessing.active_children() if p.pid not in before]
     try:
         for item in batches:
             if isinstance(item, LimbeckError):
@@ -124,6 +139,10 @@ def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_me
             yield item
     finally:
         del batches  # stops the workers
+        for process in processes:
+            if process.is_alive():  # one that hangs
+                process.kill()
+                process.join()
 
 
 def _unguarded_script() -> str | None:

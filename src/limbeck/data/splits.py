@@ -46,7 +46,7 @@ class Split:
         chosen = np.asarray(indices)
         if chosen.dtype != np.bool_:
             chosen = chosen.astype(np.int64)
-        return Split(self.name, self.source, self.rows[chosen], self.ids[chosen], self.labels[chosen])
+        return replace(self, rows=self.rows[chosen], ids=self.ids[chosen], labels=self.labels[chosen])
 
     def read(self, indices: npt.ArrayLike) -> Raw:
         """The raw samples of these indices."""
@@ -169,18 +169,10 @@ def assemble(
     if problems:
         raise UsageError(problems)
     _note_duplicates(splits, notes)
-    labelled = splits["train"]
+    train_split = splits["train"]
     if unlabelled is not None:
-        source = Joined((train.source, unlabelled.source))
-        extra = np.arange(len(unlabelled.source), dtype=np.int64) + len(train.source)
-        labelled = Split(
-            "train",
-            source,
-            np.concatenate([labelled.rows, extra]),
-            np.concatenate([labelled.ids, unlabelled.ids]),
-            np.concatenate([labelled.labels, encoded["unlabelled"] * 0 + UNLABELLED]),
-        )
-    limited = _limit(labelled, spec, len(class_set.names), notes, problems)
+        train_split = _joined(train_split, _only_new(_whole("unlabelled", unlabelled, encoded["unlabelled"]), splits, notes))
+    limited = _limit(train_split, spec, len(class_set.names), notes, problems)
     if problems:
         raise UsageError(problems)
     return _finish(task, limited, splits["valid"], splits["test"], class_set, list(parts.values()), notes)
@@ -257,8 +249,8 @@ def _split(
     side = carve(train.ids, train.labels, (test_fraction, valid_fraction), spec.seed)
     splits = {
         "train": train.take(side == 0),
-        "test": given.get("test") or _renamed(train.take(side == 1), "test"),
-        "valid": given.get("valid") or _renamed(train.take(side == 2), "valid"),
+        "test": given.get("test") or replace(train.take(side == 1), name="test"),
+        "valid": given.get("valid") or replace(train.take(side == 2), name="valid"),
     }
     made = [f"{len(splits[r]):,} rows for {r}" for r in ("test", "valid") if r not in given and len(splits[r])]
     if made:
@@ -271,8 +263,30 @@ def _split(
     return splits
 
 
-def _renamed(split: Split, name: str) -> Split:
-    return Split(name, split.source, split.rows, split.ids, split.labels)
+def _only_new(unlabelled: Split, splits: Mapping[str, Split], notes: list[str]) -> Split:
+    """Unlabelled rows that stand in no other split: what is tested on is never trained on, and a row with a label keeps it."""
+    new = np.ones(len(unlabelled), dtype=np.bool_)
+    for role, what in (("test", "row of the test split"), ("valid", "row of the valid split"), ("train", "labelled training row")):
+        _, group = groups(np.concatenate([splits[role].ids, unlabelled.ids]))
+        known = len(splits[role])
+        found = new & np.isin(group[known:], group[:known])
+        if found.any():
+            message = f"{int(found.sum()):,} of {len(unlabelled):,} unlabelled rows have the same content as a {what} and are left out."
+            notes.append(message)
+        new &= ~found
+    return unlabelled.take(new)
+
+
+def _joined(first: Split, second: Split) -> Split:
+    if not len(second):
+        return first
+    return Split(
+        first.name,
+        Joined((first.source, second.source)),
+        np.concatenate([first.rows, second.rows + len(first.source)]),
+        np.concatenate([first.ids, second.ids]),
+        np.concatenate([first.labels, second.labels]),
+    )
 
 
 def _note_duplicates(splits: Mapping[str, Split], notes: list[str]) -> None:
@@ -305,7 +319,7 @@ def _limit(split: Split, spec: DataSpec, classes: int, notes: list[str], problem
             labels = split.labels.copy()
             labels[labelled[ranked[spec.labelled_limit :]]] = UNLABELLED
             notes.append(f"data.labelled_limit keeps the labels of {spec.labelled_limit:,} of {len(labelled):,} training rows.")
-            split = Split(split.name, split.source, split.rows, split.ids, labels)
+            split = replace(split, labels=labels)
         elif spec.labelled_limit > len(labelled):
             notes.append(f"data.labelled_limit is {spec.labelled_limit:,}, and only {len(labelled):,} training rows have a label.")
     return split

@@ -150,6 +150,8 @@ def _attempt(
         if not parity.passed:
             return parity
         return parity, {**form.facts(path), "latency_ms": latency(run, job.single), "threads": 1}
+    except LimbeckError:  # a second signal, not a failure of the exporter
+        raise
     except Exception as error:  # an exporter may fail in any way on a module that it does not know
         if "PytorchStreamWriter failed" in str(error):  # how torch says that a write failed
             raise OSError(errno.ENOSPC, brief(error)) from error

@@ -6,7 +6,7 @@ from limbeck.models._heads import resize_head
 from limbeck.models._labels import class_map
 from limbeck.models._model import Model, call_module, describe, logits_of, state_hash
 from limbeck.models._names import SHORT_NAMES, known_models
-from limbeck.models._saved import load_saved, save_model
+from limbeck.models._saved import load_into, load_saved, save_model
 
 __all__ = [
     "SHORT_NAMES",
@@ -17,6 +17,7 @@ __all__ = [
     "class_map",
     "describe",
     "known_models",
+    "load_into",
     "load_saved",
     "logits_of",
     "probe_shapes",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError
 from limbeck.models import _files, _hf, _images, _python, _tokens, _vision
@@ -90,6 +90,8 @@ def build_model(spec: ModelSpec, *, role: Role, data: Data, seed: int, base: Pat
     model.spec = {"model": spec.model, "weights": spec.weights, "options": dict(spec.options)}
     model.module.eval()
     _fit_head(built, wish, new_head)
+    if role == "student" or new_head:
+        _check_trainable(model, role)
     model.weights_sha256 = state_hash(model.module)
     return model
 
@@ -151,6 +153,18 @@ def _fit_head(built: _Built, wish: _Wish, new_head: bool) -> None:
     if not built.trained:
         raise UsageError(Problem(wish.model_key, f"'{wish.name.given}' has no trained classification head.", FINE_TUNE))
     class_map(model, data)
+
+
+def _check_trainable(model: Model, role: Role) -> None:
+    """Refuse what cannot be trained, and say what of it will not be saved. Layers without a shape yet (lazy ones) are made by now."""
+    parameters = list(model.module.parameters())
+    if not any(p.requires_grad for p in parameters):
+        what = f"all of its {len(parameters)} parameters are frozen (requires_grad is False)" if parameters else "it has no parameters"
+        raise UsageError(
+            Problem(role, f"{what}, so there is nothing to train.", "Unfreeze some: module.requires_grad_()." if parameters else "")
+        )
+    if not all(isinstance(value, Tensor) for value in model.module.state_dict().values()):
+        model.notes.append(f"The {role} keeps state that is no tensor (get_extra_state); it is no part of the saved weights.")
 
 
 def _cut(module: nn.Module, wish: _Wish, cuts: list[Cut]) -> None:
@@ -426,6 +440,7 @@ def wrap_module(
         raise UsageError(Problem(role, f"the module has {model.num_classes} outputs and the data has {len(data.classes)} classes."))
     else:
         model.classes = tuple(data.classes)
+        _check_trainable(model, role)
     model.weights_sha256 = state_hash(module)
     return model
 

@@ -19,7 +19,8 @@ class Capture:
     """Keep the outputs of named layers during forward passes; every hook is gone when the block ends, however it ends.
 
     ``paths`` are names from ``module.named_modules()``; ``"layer:1"`` or ``"layer:hidden_states"`` picks from a layer that returns a tuple
-    or a mapping (without it: the first tensor). Gradients flow through what was captured.
+    or a mapping (without it: the first tensor). Gradients flow through what was captured, which is a copy: a layer's own output may be
+    written over by the one after it (``ReLU(inplace=True)``, ``out += identity``).
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -48,15 +49,10 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def take(self) -> dict[str, Tensor]:
-        """The features of the last forward pass, forgotten here so that nothing keeps its graph alive."""
-        taken, self.features = self.features, {}
-        return taken
-
     def _keeper(self, path: str, key: str | None) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             try:
-                self.features[path] = first_tensor(output, key)
+                self.features[path] = first_tensor(output, key).clone()
             except UsageError as e:
                 raise UsageError(Problem(path, e.problems[0].message)) from None
 

@@ -104,15 +104,13 @@ def _kind_of(output: Any) -> str:
 def state_hash(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and values of every tensor of ``module.state_dict()``, in name order.
 
-    The memory layout does not count (channels-last hashes as channels-first), and neither does the device.
+    The memory layout does not count (channels-last hashes as channels-first), and neither do the device and what is no tensor
+    (``get_extra_state``), which has no bytes of its own.
     """
     digest = hashlib.sha256()
-    state = module.state_dict()
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     for name in sorted(state):
         value = state[name]
-        if not isinstance(value, Tensor):
-            digest.update(f"{name}\x1f{value!r}\x1e".encode())
-            continue
         raw = value.detach().to("cpu").contiguous().reshape(-1)
         digest.update(f"{name}\x1f{raw.dtype}\x1f{tuple(value.shape)}\x1e".encode())
         if raw.numel():

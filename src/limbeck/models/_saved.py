@@ -24,7 +24,7 @@ from limbeck.models._model import Model, state_hash
 from limbeck.run import commit_folder, disk_errors, file_sha256
 from limbeck.types import ImagePreprocessing, Preprocessing, TensorPreprocessing, TextPreprocessing
 
-__all__ = ["load_saved", "save_model"]
+__all__ = ["load_into", "load_saved", "save_model"]
 
 FORMAT = 1
 _KINDS = {"image": ImagePreprocessing, "text": TextPreprocessing, "tensor": TensorPreprocessing}
@@ -186,6 +186,16 @@ def load_saved(folder: Path, where: str = "") -> Model:
         notes,
         build,
     )
+
+
+def load_into(module: nn.Module, folder: Path, where: str = "") -> None:
+    """Put the weights that :func:`save_model` wrote into a person's own module, as it was built by them. Raises as :func:`load_saved`."""
+    about = _read(folder, where)
+    _verify(folder, about, where)
+    module.to(getattr(torch, about["dtype"]))
+    _files.load_weights(module, folder / "model.safetensors", where or str(folder))
+    if state_hash(module) != about["weights_sha256"]:
+        raise UsageError(Problem(where, f"the weights read from {folder} are not those that were saved (their hash differs)."))
 
 
 def _read(folder: Path, where: str) -> dict[str, Any]:
