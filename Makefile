@@ -53,13 +53,15 @@ cifar-pair: $(STAMP)
 	$(BIN)/python benchmarks/fetch.py cifar10
 	test -f $(RUNS)/cifar10-teacher/metrics.json || $(BIN)/limbeck train examples/cifar10-teacher.yaml --out $(RUNS)/cifar10-teacher --resume
 	$(BIN)/limbeck distill examples/cifar10.yaml --seeds 3 --out $(RUNS)/cifar10 --resume
-	$(BIN)/python benchmarks/collect.py cifar10-pair $(RUNS)/cifar10-teacher $(RUNS)/cifar10
+	$(BIN)/python benchmarks/collect.py cifar-pair $(RUNS)/cifar10-teacher $(RUNS)/cifar10
+	$(BIN)/python benchmarks/tables.py
 
 r8: $(STAMP)
 	$(BIN)/python benchmarks/fetch.py r8 minilm
 	test -f $(RUNS)/r8-teacher/metrics.json || $(BIN)/limbeck train examples/r8-teacher.yaml --out $(RUNS)/r8-teacher --resume
 	$(BIN)/limbeck distill examples/r8.yaml --seeds 3 --out $(RUNS)/r8 --resume
 	$(BIN)/python benchmarks/collect.py r8 $(RUNS)/r8-teacher $(RUNS)/r8
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -246,8 +246,8 @@ MUTANTS = (
     Mutant(
         "baseline-from-trained-weights",
         "spine.py",
-        '            student.module.load_state_dict(initial)\n            trained["baseline"]',
-        '            trained["baseline"]',
+        "baseline = replace(student, module=copy.deepcopy(student.module)) if",
+        "baseline = student if",
         BASELINE,
     ),
     Mutant(
@@ -281,7 +281,7 @@ MUTANTS = (
         "models/_saved.py",
         "elif file_sha256(folder / name) != recorded:",
         "elif False:",
-        ("unit/test_models_vision.py::test_what_changed_on_disk_is_refused",),
+        ("unit/test_models_python.py::test_code_that_changed_in_a_saved_folder_is_not_run",),
     ),
     Mutant(
         "parity-of-any-file",

@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.errors import Interrupted, Problem, UsageError
 from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe
-from limbeck.run import disk_errors, read_json
+from limbeck.run import disk_errors, is_left_over, read_json
 
 __all__ = ["Stop", "begun_seeds", "finished", "matches", "next_free", "refuse_taken", "same_run"]
 
@@ -37,7 +37,7 @@ def refuse_taken(out: Path, resume: bool) -> None:
     if not out.is_dir():
         raise UsageError(Problem("--out", f"{out} is a file.", "Name a folder that does not exist yet."))
     # a run that was killed before its first file had its name has begun nothing
-    inside = [p.name for p in out.iterdir() if not (p.name.startswith(".") and p.name.endswith(".tmp"))]
+    inside = [p.name for p in out.iterdir() if not is_left_over(p)]
     if not inside:
         return
     if not resume:

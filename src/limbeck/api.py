@@ -116,7 +116,7 @@ def distill(
     }
     if teacher is not None:
         plain |= {"teacher": _spec(teacher), "baseline": baseline is not False}
-    known = task or (_task_of(train, data_options) if train is not None else None)
+    known = task or (_task_of(train, data_options) if data is None else None)
     if known is not None:
         plain["task"] = known
     try:

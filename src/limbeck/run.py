@@ -9,6 +9,8 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,22 @@ from typing import Any
 
 from limbeck.errors import DiskFull, Problem, UsageError
 
-__all__ = ["Log", "check_trackers", "commit_folder", "file_sha256", "provenance", "read_json", "write_atomic", "write_json"]
+__all__ = [
+    "Log",
+    "check_trackers",
+    "commit_folder",
+    "file_sha256",
+    "is_left_over",
+    "join_logs",
+    "provenance",
+    "read_json",
+    "sweep",
+    "write_atomic",
+    "write_json",
+]
+
+# .NAME.PID.tmp, .NAME.PID.old.tmp, and tempfile's .NAME.xxxxxxxx.tmp
+_LEFT_OVER = re.compile(r"\..+\.(\d+|\d+\.old|[a-z0-9_]{8})\.tmp")
 
 
 @contextmanager
@@ -93,6 +110,23 @@ def commit_folder(temporary: Path, final: Path) -> None:
             sync_folder(final.parent)
 
 
+def is_left_over(path: Path) -> bool:
+    """Whether a name is one under which this package writes what has no final name yet."""
+    return _LEFT_OVER.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted writes left behind, here and in every folder inside; links are not followed."""
+    for root, folders, files in os.walk(folder):
+        for path in [Path(root, name) for name in (*folders, *files)]:
+            if is_left_over(path):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+        folders[:] = [name for name in folders if not is_left_over(Path(name))]
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON for people and scripts: two spaces, NaN and infinity as null."""
     write_atomic(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -119,17 +153,27 @@ def file_sha256(path: Path) -> str:
 
 
 class Log:
-    """``log.jsonl``: one line an event, appended; cut back to the checkpoint on resume, so that no step stands in it twice."""
+    """``log.jsonl``: one line an event, appended; cut back to the checkpoint on resume, so that no step stands in it twice.
+
+    The same numbers go to TensorBoard, one of its runs a role (``tensorboard/student``), and to the trackers. What a resume cuts off is
+    hidden on the board too; W&B and MLflow take nothing back and show such a step twice.
+    """
 
     def __init__(self, folder: Path, *, tensorboard: bool = True) -> None:
         self.path = folder / "log.jsonl"
         self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
-        self._board = _tensorboard(folder / "tensorboard") if tensorboard else None
-        self._trackers: list[Any] = []
+        self._writer, self._board_folder = _summary_writer() if tensorboard else None, folder / "tensorboard"
+        self._boards: dict[str, Any] = {}
+        self._trackers: list[_Wandb | _Mlflow] = []
 
     def track(self, names: list[str], folder: Path, config: dict[str, Any]) -> None:
-        """Also send every line to W&B or MLflow."""
-        self._trackers = [_TRACKERS[name](folder, config) for name in names]
+        """Also send every line to W&B or MLflow: to the session that ``trackers.json`` names, or to a new one that it then names."""
+        record = folder / "trackers.json"
+        ids = read_json(record) if record.is_file() else {}
+        for name in names:
+            self._trackers.append(_TRACKERS[name](folder, config, ids.get(name)))
+            ids[name] = self._trackers[-1].id
+            write_json(record, ids)
 
     @property
     def offset(self) -> int:
@@ -160,56 +204,99 @@ class Log:
         with disk_errors(self.path, len(raw)):
             self._file.write(raw)
             self._file.flush()
+        role, step = str(line.get("role", "run")), int(line.get("step", 0))
+        if self._writer is not None and role not in self._boards:
+            # a role's first line says whether it goes on (then with the next step) or begins; the board hides what it had from there on
+            self._boards[role] = self._writer(str(self._board_folder / role), purge_step=int(line.get("resumed_from", -1)) + 1)
         scalars = dict(_scalars(line))
-        step = int(line.get("step", 0))
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+        if not scalars:
+            return
+        for name, value in scalars.items() if role in self._boards else ():
+            self._boards[role].add_scalar(name, value, step)
         for tracker in self._trackers:
-            tracker(scalars, step)
+            tracker.send({f"{role}/{name}": value for name, value in scalars.items()}, step)
 
     def close(self) -> None:
+        """End every session; called while an exception passes, they end as failed."""
+        failed = sys.exc_info()[0] is not None
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards.values():
+            board.close()
+        for tracker in self._trackers:
+            tracker.end(failed)
+
+
+def join_logs(parent: Path, child: Path) -> None:
+    """``log.jsonl`` of a folder of several seeds: its own lines (of the teacher), then those of one child. Doing it again changes nothing."""
+    theirs = (child / "log.jsonl").read_bytes()
+    roles = {json.loads(raw).get("role") for raw in theirs.splitlines()}
+    own = (parent / "log.jsonl").read_bytes() if (parent / "log.jsonl").is_file() else b""
+    kept = [raw for raw in own.splitlines(keepends=True) if raw.endswith(b"\n") and json.loads(raw).get("role") not in roles]
+    write_atomic(parent / "log.jsonl", b"".join(kept) + theirs)
 
 
 def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    role = line.get("role", "run")
     for key, value in line.items():
-        if key in ("role", "step", "time"):
+        if key in ("role", "step", "time", "resumed_from"):
             continue
-        if isinstance(value, Mapping):
-            yield from ((f"{role}/{key}/{k}", float(v)) for k, v in value.items() if isinstance(v, int | float))
-        elif isinstance(value, int | float):
-            yield f"{role}/{key}", float(value)
+        for name, number in value.items() if isinstance(value, Mapping) else [(None, value)]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                yield key if name is None else f"{key}/{name}", float(number)
 
 
-def _tensorboard(folder: Path) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
-def _wandb(folder: Path, config: dict[str, Any]) -> Any:
-    import wandb
+class _Wandb:
+    """One run of W&B (0.19.10 or newer), beside whatever the process has open."""
 
-    session = wandb.init(project="limbeck", name=folder.name, dir=str(folder), config=config, resume="allow", id=_tracker_id(folder))
-    return lambda scalars, step: session.log({**scalars, "limbeck_step": step})
+    def __init__(self, folder: Path, config: dict[str, Any], known: str | None) -> None:
+        import wandb
+
+        self.id = known or secrets.token_hex(8)
+        self._session = wandb.init(
+            project="limbeck", name=folder.name, dir=str(folder), config=config, id=self.id, resume="allow", reinit="create_new"
+        )
+        self._session.define_metric("*", step_metric="limbeck_step")  # its own step only ever grows, and every role begins at 1
+
+    def send(self, scalars: dict[str, float], step: int) -> None:
+        self._session.log({**scalars, "limbeck_step": step})
+
+    def end(self, failed: bool) -> None:
+        self._session.finish(exit_code=int(failed))
 
 
-def _mlflow(folder: Path, config: dict[str, Any]) -> Any:
-    import mlflow
+class _Mlflow:
+    """One run of MLflow, through its client: the process's own active run is left alone."""
 
-    mlflow.set_experiment("limbeck")
-    mlflow.start_run(run_name=folder.name)
-    mlflow.log_dict(config, "recipe.json")
-    return lambda scalars, step: mlflow.log_metrics({k.replace("/", "."): v for k, v in scalars.items()}, step=step)
+    def __init__(self, folder: Path, config: dict[str, Any], known: str | None) -> None:
+        import mlflow
+        from mlflow.entities import Metric
+
+        self._client, self._metric = mlflow.MlflowClient(), Metric
+        if known is None:
+            found = self._client.get_experiment_by_name("limbeck")
+            experiment = self._client.create_experiment("limbeck") if found is None else found.experiment_id
+            known = str(self._client.create_run(experiment, run_name=folder.name).info.run_id)
+        else:
+            self._client.update_run(known, status="RUNNING")
+        self.id = known
+        self._client.log_dict(self.id, config, "recipe.json")
+
+    def send(self, scalars: dict[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(self.id, metrics=[self._metric(k.replace("/", "."), v, now, step) for k, v in scalars.items()])
+
+    def end(self, failed: bool) -> None:
+        self._client.set_terminated(self.id, status="FAILED" if failed else "FINISHED")
 
 
-_TRACKERS = {"wandb": _wandb, "mlflow": _mlflow}
+_TRACKERS: dict[str, type[_Wandb] | type[_Mlflow]] = {"wandb": _Wandb, "mlflow": _Mlflow}
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
@@ -220,10 +307,6 @@ def check_trackers(names: Sequence[str]) -> list[str]:
     if importlib.util.find_spec("tensorboard") is None:
         return ['TensorBoard is not installed, so only log.jsonl is written (pip install "limbeck[track]").']
     return []
-
-
-def _tracker_id(folder: Path) -> str:
-    return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
 
 
 _PACKAGES = (

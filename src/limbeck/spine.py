@@ -113,7 +113,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     check_precision(recipe.train.precision, device)
     teacher, columns, to_train = _teacher(job)
     student = job.build_student(recipe.seed)
-    _check_layers(recipe, student, teacher)
+    _check_models(recipe, student, teacher)
     parts = Parts(recipe, data, student.preprocessing, None if teacher is None else teacher.preprocessing)
     parts.probe(student, teacher)
     objective = parts.objective(recipe.seed)
@@ -435,8 +435,8 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
     return result
 
 
-def _check_layers(recipe: Recipe, student: Model, teacher: Model | None) -> None:
-    """Every layer that a term names exists, before anything is computed."""
+def _check_models(recipe: Recipe, student: Model, teacher: Model | None) -> None:
+    """What a recipe asks of the models is there, before anything is computed: every layer that a term names, batches that norms can take."""
     of_student, of_teacher = needs_of(recipe.objective)
     problems: list[Problem] = []
     for model, needs, side in ((student, of_student, "student"), (teacher, of_teacher, "teacher")):
@@ -446,6 +446,10 @@ def _check_layers(recipe: Recipe, student: Model, teacher: Model | None) -> None
             validate_paths(model.module, needs.features, f"objective ({side} layer)")
         except UsageError as e:
             problems += e.problems
+    statistics = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in student.module.modules())
+    if statistics and recipe.train.batch_size == 1:
+        text = "got 1, and the student has batch statistics, which cannot be taken of one sample; expected at least 2."
+        problems.append(Problem("train.batch_size", text))
     if problems:
         raise UsageError(problems)
 

@@ -366,9 +366,7 @@ def test_a_sigterm_to_the_whole_group_is_the_main_processs_to_handle(tmp_path: P
     """docker stop, systemd and schedulers tell every process; the batches under way still come, and the workers end with the stream."""
     script = tmp_path / "script.py"
     script.write_text(SIGNALLED.format(sleep=sleep, last=last))
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=120, start_new_session=True, check=False
-    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, start_new_session=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "True"]
     assert "Traceback" not in done.stderr

@@ -102,6 +102,13 @@ def test_a_file_and_a_callable(here: Path) -> None:
     assert again.classes == NAMES
 
 
+def test_code_that_changed_in_a_saved_folder_is_not_run(here: Path) -> None:
+    save_model(build("python:net.py:Net", floats(), here), here / "student", NAMES)
+    (here / "student/net.py").write_text(NET + "\nraise SystemExit('this ran')\n")
+    with pytest.raises(UsageError, match=r"net\.py is not the file that was saved"):
+        load_saved(here / "student")
+
+
 def test_a_callable_without_num_classes(here: Path) -> None:
     student = build("python:net.py:fixed", floats(), here)
     assert student.num_classes == 4

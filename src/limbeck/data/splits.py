@@ -171,7 +171,8 @@ def assemble(
     _note_duplicates(splits, notes)
     train_split = splits["train"]
     if unlabelled is not None:
-        train_split = _joined(train_split, _only_new(_whole("unlabelled", unlabelled, encoded["unlabelled"]), splits, notes))
+        extra = _whole("unlabelled", unlabelled, np.full_like(encoded["unlabelled"], UNLABELLED))
+        train_split = _joined(train_split, _only_new(extra, splits, notes))
     limited = _limit(train_split, spec, len(class_set.names), notes, problems)
     if problems:
         raise UsageError(problems)

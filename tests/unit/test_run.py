@@ -1,0 +1,257 @@
+"""A run's directory: the log and what it is sent to, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from limbeck._folder import refuse_taken
+from limbeck.errors import UsageError
+from limbeck.run import Log, join_logs, read_json, sweep
+
+
+def line(role: str, step: int, **more: Any) -> dict[str, Any]:
+    return {"role": role, "step": step, "loss": float(step), **more}
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(raw) for raw in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- left-overs
+
+LEFT = [
+    ".metrics.json.4711.tmp",
+    ".student.4711.tmp/model.safetensors",
+    ".student.4711.old.tmp/model.safetensors",
+    ".copy.ab3_9xyz.tmp/export/model.onnx",
+    "export/.model.onnx.17.tmp/model.onnx",
+    "export/.model.onnx.json.17.tmp",
+    "seed-1/export/.model.pt.17.tmp/model.pt",
+    "checkpoints/student/.step-00000009.1.tmp/state.json",
+]
+KEPT = ["metrics.json", "student/model.json", ".mine.tmp", "export/.hidden/x.tmp", "notes.1.tmp"]
+
+
+def fill(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def test_what_a_kill_left_is_swept_everywhere_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fill(run, [*LEFT, *KEPT])
+    fill(tmp_path, ["elsewhere/kept", "elsewhere/.a.1.tmp"])
+    (run / "link").symlink_to(tmp_path / "elsewhere")
+    (run / ".link.5.tmp").symlink_to(tmp_path / "elsewhere")
+    sweep(run)
+    assert sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and not p.is_symlink()) == sorted(KEPT)
+    assert (tmp_path / "elsewhere/kept").exists()
+    assert (tmp_path / "elsewhere/.a.1.tmp").exists()
+    assert not (run / ".link.5.tmp").is_symlink()
+    sweep(tmp_path / "absent")
+
+
+def test_a_folder_of_left_overs_is_empty(tmp_path: Path) -> None:
+    fill(tmp_path, [name for name in LEFT if name.startswith(".")])
+    refuse_taken(tmp_path, resume=False)
+    refuse_taken(tmp_path, resume=True)
+    fill(tmp_path, [".mine.tmp"])  # somebody's own
+    with pytest.raises(UsageError, match="not empty"):
+        refuse_taken(tmp_path, resume=False)
+
+
+# ---- the log of several seeds
+
+
+def test_the_parents_log_keeps_its_own_lines_in_front_of_the_childs(tmp_path: Path) -> None:
+    parent, child = tmp_path, tmp_path / "seed-1"
+    child.mkdir()
+    for folder, roles in ((parent, ["teacher"]), (child, ["student", "baseline"])):
+        log = Log(folder, tensorboard=False)
+        for role in roles:
+            for step in (1, 2):
+                log.write(line(role, step))
+        log.close()
+    with open(parent / "log.jsonl", "ab") as f:
+        f.write(b'{"role": "teacher", "st')  # a line that was not finished
+    expected = [(role, step) for role in ("teacher", "student", "baseline") for step in (1, 2)]
+    for _ in range(2):  # a run that is resumed after it comes here again
+        join_logs(parent, child)
+        assert [(found["role"], found["step"]) for found in read_lines(parent)] == expected
+    (parent / "log.jsonl").unlink()
+    join_logs(parent, child)
+    assert (parent / "log.jsonl").read_bytes() == (child / "log.jsonl").read_bytes()
+
+
+# ---- TensorBoard
+
+
+def board(folder: Path, role: str) -> dict[str, list[int]]:
+    """Tag -> steps, as TensorBoard shows them."""
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = module.EventAccumulator(str(folder / "tensorboard" / role))
+    found.Reload()
+    return {tag: [event.step for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_no_step_stands_twice_on_the_board_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    log = Log(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.write(line("student", step, terms={"kd": 0.5}))
+    for step in (1, 2):
+        log.write(line("baseline", step))
+    log.write({"role": "baseline", "step": 2, "checkpoint": True})
+    offset = log.offset
+    for step in (3, 4):
+        log.write(line("baseline", step))
+    log.close()
+
+    log = Log(tmp_path)  # resumed from a checkpoint of the baseline; the student was finished
+    log.cut(offset)
+    log.write({"role": "baseline", "step": 2, "resumed_from": 2})
+    for step in (3, 4, 5):
+        log.write(line("baseline", step))
+    log.close()
+    assert board(tmp_path, "student") == {"loss": [1, 2, 3, 4], "terms/kd": [1, 2, 3, 4]}
+    assert board(tmp_path, "baseline") == {"loss": [1, 2, 3, 4, 5]}
+
+    log = Log(tmp_path)  # no checkpoint held: the baseline begins anew
+    log.cut_role("baseline")
+    for step in (1, 2):
+        log.write(line("baseline", step))
+    log.close()
+    assert board(tmp_path, "baseline") == {"loss": [1, 2]}
+    assert board(tmp_path, "student")["loss"] == [1, 2, 3, 4]
+    assert [found["step"] for found in read_lines(tmp_path)] == [1, 2, 3, 4, 1, 2]
+
+
+# ---- W&B and MLflow, neither of which is installed here
+
+
+class FakeWandb(ModuleType):
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.sessions: list[dict[str, Any]] = []
+
+    def init(self, **given: Any) -> Any:
+        session = {"given": given, "lines": [], "exit_code": None}
+        self.sessions.append(session)
+
+        class Run:
+            id = given["id"]
+
+            def define_metric(self, *names: str, **how: Any) -> None:
+                pass
+
+            def log(self, values: dict[str, float]) -> None:
+                assert session["exit_code"] is None
+                session["lines"].append(values)
+
+            def finish(self, exit_code: int = 0) -> None:
+                assert session["exit_code"] is None
+                session["exit_code"] = exit_code
+
+        return Run()
+
+
+class FakeMlflow(ModuleType):
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.runs: dict[str, dict[str, Any]] = {}
+        outer = self
+
+        class Metric:
+            def __init__(self, key: str, value: float, timestamp: int, step: int) -> None:
+                self.key, self.value, self.step = key, value, step
+
+        class Client:
+            def get_experiment_by_name(self, name: str) -> None:
+                return None
+
+            def create_experiment(self, name: str) -> str:
+                return "7"
+
+            def create_run(self, experiment_id: str, run_name: str) -> Any:
+                run: Any = ModuleType("run")
+                run.info = ModuleType("info")
+                run.info.run_id = f"run{len(outer.runs)}"
+                outer.runs[run.info.run_id] = {"name": run_name, "steps": [], "status": ["RUNNING"]}
+                return run
+
+            def update_run(self, run_id: str, status: str) -> None:
+                outer.runs[run_id]["status"].append(status)
+
+            def log_dict(self, run_id: str, dictionary: dict[str, Any], file: str) -> None:
+                outer.runs[run_id][file] = dictionary
+
+            def log_batch(self, run_id: str, metrics: list[Metric]) -> None:
+                assert outer.runs[run_id]["status"][-1] == "RUNNING"
+                outer.runs[run_id]["steps"] += [(m.key, m.step) for m in metrics]
+
+            def set_terminated(self, run_id: str, status: str) -> None:
+                outer.runs[run_id]["status"].append(status)
+
+        self.MlflowClient = Client
+        self.entities = ModuleType("mlflow.entities")
+        self.entities.Metric = Metric  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def trackers(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeWandb, FakeMlflow]:
+    wandb, mlflow = FakeWandb(), FakeMlflow()
+    for module in (wandb, mlflow, mlflow.entities):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return wandb, mlflow
+
+
+def tracked(folder: Path, steps: list[int], error: Exception | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    log = Log(folder, tensorboard=False)
+    try:
+        log.track(["wandb", "mlflow"], folder, {"seed": 0})
+        for step in steps:
+            log.write(line("student", step))
+        log.write({"role": "student", "step": steps[-1], "checkpoint": True})
+        if error is not None:
+            raise error
+    finally:
+        log.close()
+
+
+def test_each_seed_has_its_own_session_that_ends_and_is_continued(tmp_path: Path, trackers: tuple[FakeWandb, FakeMlflow]) -> None:
+    wandb, mlflow = trackers
+    tracked(tmp_path / "seed-0", [1, 2])
+    with pytest.raises(ZeroDivisionError):
+        tracked(tmp_path / "seed-1", [1], ZeroDivisionError())
+    tracked(tmp_path / "seed-1", [2, 3])
+    first, broken, again = wandb.sessions
+    assert [s["exit_code"] for s in wandb.sessions] == [0, 1, 0]
+    assert first["given"]["id"] != broken["given"]["id"] == again["given"]["id"]
+    assert {(s["given"]["resume"], s["given"]["reinit"]) for s in wandb.sessions} == {("allow", "create_new")}
+    assert [found["limbeck_step"] for found in again["lines"]] == [2, 3]
+    assert list(mlflow.runs) == ["run0", "run1"]
+    assert [r["name"] for r in mlflow.runs.values()] == ["seed-0", "seed-1"]
+    assert mlflow.runs["run0"]["status"] == ["RUNNING", "FINISHED"]
+    assert mlflow.runs["run1"]["status"] == ["RUNNING", "FAILED", "RUNNING", "FINISHED"]
+    assert mlflow.runs["run1"]["steps"] == [("student.loss", 1), ("student.loss", 2), ("student.loss", 3)]
+    assert read_json(tmp_path / "seed-1/trackers.json") == {"wandb": again["given"]["id"], "mlflow": "run1"}
+    # another run under the same path is another run
+    (tmp_path / "seed-0/trackers.json").unlink()
+    tracked(tmp_path / "seed-0", [1])
+    assert wandb.sessions[3]["given"]["id"] != first["given"]["id"]
+
+
+def test_a_tracker_that_fails_leaves_none_open(tmp_path: Path, trackers: tuple[FakeWandb, FakeMlflow]) -> None:
+    wandb, mlflow = trackers
+    mlflow.MlflowClient.create_run = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(TypeError):
+        tracked(tmp_path, [1])
+    assert [s["exit_code"] for s in wandb.sessions] == [1]
