@@ -181,11 +181,11 @@ def _child(arguments: list[str], said: str, environment: dict[str, str]) -> None
     main(arguments)
 
 
-def wait_for(process: Started, happened: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(process: Started, happened: Callable[[], bool], seconds: float = 600) -> None:
     """Until ``happened()``, while the process lives."""
     end = time.monotonic() + seconds
     while not happened():
-        assert process.poll() is None, process.communicate(timeout=60)
+        assert process.poll() is None, process.communicate(timeout=600)
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.01)
 

@@ -151,5 +151,8 @@ class Stop:
 
 
 def make(out: Path) -> None:
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(Problem("--out", f"{out} cannot be made: {e.strerror}.", "Name a folder that can be written.")) from e

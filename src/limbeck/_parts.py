@@ -30,11 +30,14 @@ PROBE = 2
 class Parts:
     """One recipe on one set of data, for models that prepare their inputs as ``student`` and ``teacher`` say."""
 
-    def __init__(self, recipe: Recipe, data: Data, student: Preprocessing, teacher: Preprocessing | None) -> None:
+    def __init__(
+        self, recipe: Recipe, data: Data, student: Preprocessing, teacher: Preprocessing | None, *, batch_statistics: bool = False
+    ) -> None:
         self.recipe, self.data, self.student, self.teacher = recipe, data, student, teacher
         self.augment = augmentation(recipe.data.augment, data)
         views = recipe.teacher_cache.views
         self.views = None if views == "live" else views
+        self.batch_statistics = batch_statistics  # of the model that is trained: a last batch of one sample is then left out
         self.shapes_student: dict[str, tuple[int, ...]] = {}
         self.shapes_teacher: dict[str, tuple[int, ...]] = {}
 
@@ -85,7 +88,7 @@ class Parts:
             batch_size=batch_size,
             views=self.views,
             lengths=self.lengths(split, preprocessing),
-            drop_single=True,
+            drop_single=self.batch_statistics,
             total_steps=total_steps,
         )
 

@@ -185,7 +185,7 @@ def missing_files(data: dict[str, Any], base: Path) -> list[Problem]:
             target = rest.rpartition(":")[0]
             problems += _missing(base, target, f"{role}.model", folder=False) if _is_file_name(target) else []
         weights = spec.get("weights")
-        if isinstance(weights, str) and weights and weights != "pretrained":
+        if isinstance(weights, str) and weights and weights not in ("pretrained", "scratch"):
             problems += _missing(base, weights, f"{role}.weights", folder=False) or _not_safetensors(weights, f"{role}.weights")
     for name in ("source", "test", "valid", "unlabelled"):
         value = sections.get("data", {}).get(name)

@@ -226,12 +226,20 @@ def report(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", show_default=False, help="The folders of one run or of several to compare.")
     ],
-    out: Annotated[str | None, typer.Option("--out", metavar="FILE.html", help="Default: report.html in the first run.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", metavar="FILE.html", help="Default: report.html in the run; of several runs comparison.html beside the first."
+        ),
+    ] = None,
 ) -> None:
     """Write the report of a run, or one that compares several."""
     problems: list[Problem] = []
     folders = [_check_run(run, problems) for run in runs]
-    target = Path(out) if out else folders[0] / "report.html"
+    twice = sorted({run for run in runs if runs.count(run) > 1})
+    problems += [Problem(run, "is named twice.") for run in twice]
+    # A comparison does not take the place of the first run's own report.
+    target = Path(out) if out else folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "comparison.html"
     if out == "" or target.is_dir():
         problems.append(Problem("--out", f"got '{out}', expected the name of an .html file."))
     _raise(problems)
@@ -315,7 +323,7 @@ def convert(
     _raise(problems)
     from limbeck.convert import convert as convert_file
 
-    print(convert_file(Path(source), Path(target), key=key), file=sys.stderr)
+    convert_file(Path(source), Path(target), key=key)
 
 
 def _run(

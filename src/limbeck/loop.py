@@ -118,7 +118,7 @@ def fit(
         recorder.committed()
 
     requests = (plan.request(step) for step in range(done.steps, plan.total_steps))
-    with Capture(module, objective.student_needs.features) as capture, _fork(engine):
+    with torch.inference_mode(False), torch.enable_grad(), Capture(module, objective.student_needs.features) as capture, _fork(engine):
         module.train()
         objective.train()
         for request, whole in stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory):

@@ -114,7 +114,13 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     teacher, columns, to_train = _teacher(job)
     student = job.build_student(recipe.seed)
     _check_models(recipe, student, teacher)
-    parts = Parts(recipe, data, student.preprocessing, None if teacher is None else teacher.preprocessing)
+    parts = Parts(
+        recipe,
+        data,
+        student.preprocessing,
+        None if teacher is None else teacher.preprocessing,
+        batch_statistics=_has_batch_statistics(student),
+    )
     parts.probe(student, teacher)
     objective = parts.objective(recipe.seed)
     notes = [
@@ -131,7 +137,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
         "seeds": job.seeds,
     }
     recorded = matches(job.out, recipe, facts)
-    for note in notes:
+    for note in [*notes, _summary(data, student, teacher)]:
         progress.say(note)
     if dry_run:
         return _dry_run(job, student, teacher, parts, progress)
@@ -365,7 +371,7 @@ def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Pro
     given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
     recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={**given, "ema": None, "select": "last"})})
     progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
-    own = Parts(recipe, job.data, teacher.preprocessing, None)
+    own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=_has_batch_statistics(teacher))
     objective = own.baseline_objective()
     choice_file = job.out / "checkpoints" / "teacher.json"
     if choice_file.is_file():
@@ -446,12 +452,27 @@ def _check_models(recipe: Recipe, student: Model, teacher: Model | None) -> None
             validate_paths(model.module, needs.features, f"objective ({side} layer)")
         except UsageError as e:
             problems += e.problems
-    statistics = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in student.module.modules())
-    if statistics and recipe.train.batch_size == 1:
+    if _has_batch_statistics(student) and recipe.train.batch_size == 1:
         text = "got 1, and the student has batch statistics, which cannot be taken of one sample; expected at least 2."
         problems.append(Problem("train.batch_size", text))
     if problems:
         raise UsageError(problems)
+
+
+def _has_batch_statistics(model: Model) -> bool:
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.module.modules())
+
+
+def _summary(data: Data, student: Model, teacher: Model | None) -> str:
+    """One line on what is about to be trained on what."""
+    labelled = int((data.train.labels >= 0).sum())
+    rows = f"{len(data.train):,} training rows" + (f" ({labelled:,} labelled)" if labelled < len(data.train) else "")
+    names = ", ".join(data.classes[:6]) + (", ..." if len(data.classes) > 6 else "")
+    sizes = [f"{role} {sum(p.numel() for p in m.module.parameters()):,}" for role, m in (("teacher", teacher), ("student", student)) if m]
+    return (
+        f"{rows}, {len(data.valid):,} for validation, {len(data.test):,} for test; {len(data.classes)} classes ({names}); "
+        f"parameters: {', '.join(sizes)}."
+    )
 
 
 def _warnings(recipe: Recipe, student: Model, teacher: Model | None, to_train: bool) -> list[str]:

@@ -109,4 +109,5 @@ class LiveTeacher:
 
     def _own(self, batch: Batch) -> dict[str, Tensor]:
         sent = Batch(batch.ids, batch.view, batch.teacher or {}, None, batch.labels, batch.mask)
-        return dict(self.engine.send(sent).student)
+        # A copy: a model may write into its input (a normalisation in place), and the student reads the same tensors.
+        return {name: value.clone() for name, value in self.engine.send(sent).student.items()}

@@ -49,7 +49,7 @@ def test_the_four_ways_in_end_in_the_same_bytes(here: Path) -> None:
     expected = weights(here / "recipe" / "student")
     for way in ("options", "names", "objects", "classic"):
         if way == "classic":
-            _, said = classic.communicate(timeout=240)
+            _, said = classic.communicate(timeout=6000)
             assert classic.returncode == 0, said
         for role in ("student", "baseline"):
             assert weights(here / way / role) == weights(here / "recipe" / role), (way, role)
@@ -120,6 +120,9 @@ def test_the_articles_loop_and_the_public_call_give_the_same_weights(tmp_path: P
         assert not torch.equal(value, student.state_dict()[name]), "nothing was learned"
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), made(Small, "student").parameters(), strict=True))
     assert result.metrics["cost"]["steps"] == 20
+    # every row that the teacher was shown, timing included, but for the few by which the recipe is judged before the run
+    assert 80 * 2 + 16 < result.metrics["cost"]["teacher_items"] <= sum(map(len, teacher.seen))
+    assert sum(map(len, teacher.seen)) - result.metrics["cost"]["teacher_items"] < 20
     expected = float((guide(tensors(16, 1)[0]).argmax(1) == tensors(16, 1)[1]).double().mean())
     assert result.metrics["models"]["teacher"]["metrics"]["accuracy"] == expected
 
@@ -203,11 +206,12 @@ def test_seeds_stand_beside_one_another_and_the_best_is_on_top(here: Path) -> No
             assert joint["models"][role]["metrics"][name] == pytest.approx(np.mean(values))
             assert joint["models"][role]["metrics_std"][name] == pytest.approx(np.std(values, ddof=1))
     assert (here / "run" / "report.html").is_file()
-    single = run("distill", recipe(here, **learned), "--seed", "5", out=here / "single")
+    run("distill", recipe(here, **learned), "--seed", "5", out=here / "single")
     assert weights(here / "single" / "student") == weights(here / "run" / "seed-5" / "student")
-    # the teacher is measured once for all seeds: 48 rows x 2 epochs a seed, and 18 test rows
-    assert joint["cost"]["teacher_items"] == 2 * (48 * 2) + 18
-    assert single["cost"]["teacher_items"] == 48 * 2 + 18
+    # the teacher is evaluated and timed with the first seed; the second only learns from it: 48 rows x 2 epochs
+    assert children[5]["cost"]["teacher_items"] == 96
+    assert children[4]["cost"]["teacher_items"] > 96 + 18
+    assert joint["cost"]["teacher_items"] == children[4]["cost"]["teacher_items"] + 96
 
 
 def test_several_seeds_from_python_hand_back_the_best_student(here: Path) -> None:
@@ -264,7 +268,7 @@ def test_a_run_leaves_what_the_contract_says(here: Path) -> None:
     cost = metrics["cost"]
     keys = {"teacher_seconds", "teacher_items", "cache_hits", "train_seconds", "baseline_seconds", "total_seconds", "peak_rss_bytes"}
     assert keys <= set(cost)
-    assert cost["teacher_items"] == 48 * 2 + 18
+    assert cost["teacher_items"] >= 48 * 2 + 18
     assert cost["cache_hits"] == 0
     assert cost["total_seconds"] >= cost["train_seconds"] + cost["baseline_seconds"] > 0
     teacher, baseline, student = (metrics["models"][r]["metrics"]["accuracy"] for r in ("teacher", "baseline", "student"))
