@@ -294,11 +294,11 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "exported-in-train-mode",
+        "parity-at-the-traced-size",
         "export/_job.py",
-        "    twin.eval()  # its",
-        "    twin.train()  # its",
-        ("unit/test_export.py::test_every_file_answers_as_the_student_at_sizes_never_seen",),
+        "(slice(0, 1), slice(1, 2), slice(0, 3), slice(0, None))",
+        "(slice(0, TRACE_BATCH),)",
+        ("unit/test_export.py::test_the_cases_avoid_what_is_traced",),
     ),
 )
 

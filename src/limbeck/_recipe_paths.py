@@ -153,7 +153,7 @@ def _absolute_further(name: str, base: Path) -> str:
 
 
 def _absolute_weights(name: str, base: Path) -> str:
-    return name if name == "pretrained" else _absolute(name, base)
+    return name if name in ("pretrained", "scratch") else _absolute(name, base)
 
 
 _REWRITES = {

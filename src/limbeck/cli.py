@@ -228,9 +228,7 @@ def report(
     ],
     out: Annotated[
         str | None,
-        typer.Option(
-            "--out", metavar="FILE.html", help="Default: report.html in the run; of several runs comparison.html beside the first."
-        ),
+        typer.Option("--out", metavar="FILE.html", help="Default: report.html in the run, or comparison.html beside several."),
     ] = None,
 ) -> None:
     """Write the report of a run, or one that compares several."""

@@ -17,6 +17,8 @@ from running import arrays, limbeck, lines, make_folder, pictures, read, recipe,
 WORDS = ("w1", "w5", "w9")
 ANIMALS = ("bird", "cat", "dog")
 ALL = ["onnx", "torchscript", "pt2"]
+STILL: dict[str, Any] = {"epochs": 1, "lr": 1e-30, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0}
+"""Training that moves no weight: what is logged belongs to the initial student."""
 
 
 @pytest.fixture
@@ -37,6 +39,19 @@ def check(row: dict[str, Any], logits: np.ndarray[Any, Any], labels: np.ndarray[
     nll, accuracy = nll_and_accuracy(logits, labels)
     assert row["metrics"]["nll"] == pytest.approx(nll, rel=1e-4, abs=1e-5)
     assert row["metrics"]["accuracy"] == pytest.approx(accuracy)
+
+
+def kd(student: np.ndarray[Any, Any], teacher: np.ndarray[Any, Any], temperature: float) -> float:
+    """T^2 times the mean over rows of KL(teacher_T || student_T)."""
+
+    def log_softmax(z: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        z = z.astype(np.float64) / temperature
+        z = z - z.max(1, keepdims=True)
+        found: np.ndarray[Any, Any] = z - np.log(np.exp(z).sum(1, keepdims=True))
+        return found
+
+    p, q = log_softmax(teacher), log_softmax(student)
+    return float(temperature**2 * (np.exp(p) * (p - q)).sum(1).mean())
 
 
 def check_exports(metrics: dict[str, Any], folder: Path, formats: list[str] = ALL) -> None:
@@ -252,10 +267,13 @@ def test_a_published_normalisation_beside_the_datas_own(here: Path) -> None:
     vit = ViTForImageClassification.from_pretrained(folder).eval()
     from PIL import Image
 
-    small = np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR)) for image in data["test_x"]])
-    pixels = torch.from_numpy((small / 255.0 - 0.5) / 0.5).permute(0, 3, 1, 2).float()
-    with torch.no_grad():
-        logits = vit(pixels).logits.numpy()[:, [1, 2, 0]]
+    def by_vit(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        small = np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR)) for image in images])
+        with torch.no_grad():
+            logits: np.ndarray[Any, Any] = vit(torch.from_numpy((small / 255.0 - 0.5) / 0.5).permute(0, 3, 1, 2).float()).logits.numpy()
+        return logits[:, [1, 2, 0]]
+
+    logits = by_vit(data["test_x"])
     labels = np.searchsorted(names, data["test_y"])
     nll, _ = nll_and_accuracy(logits, labels)
     assert metrics["models"]["teacher"]["metrics"]["nll"] == pytest.approx(nll, rel=1e-3)
@@ -263,6 +281,16 @@ def test_a_published_normalisation_beside_the_datas_own(here: Path) -> None:
     wrong, _ = nll_and_accuracy(logits[:, [2, 0, 1]], labels)
     assert abs(wrong - nll) > 0.005 * nll, "the test could not see a wrong order"
     check_exports(metrics, here / "run")
+    # in the loop too: with one batch of all rows and a rate that moves nothing, the logged kd is that of the initial student
+    plain = {"model": "python:nets.py:plain", "options": {"size": 3 * 32 * 32}}
+    file = recipe(
+        here, "still.yaml", teacher={"model": "hf:vit"}, student=plain, data={"source": "npz:colour.npz"}, train={**STILL, "batch_size": 24}
+    )
+    run("distill", file, "--temp", "2", "--no-baseline", out=here / "still")
+    x = data["train_x"] / 255.0
+    mine = plain_logits(here / "still/student", ((x - x.mean((0, 1, 2))) / x.std((0, 1, 2))).transpose(0, 3, 1, 2))
+    [row] = [line for line in lines(here / "still", "student") if "loss" in line]
+    assert row["terms"]["kd"] == pytest.approx(kd(mine, by_vit(data["train_x"]), 2.0), rel=1e-3)
     mean = read(here / "run/student/model.json")["preprocessing"]["mean"]
     assert mean == pytest.approx(list((data["train_x"] / 255.0).mean((0, 1, 2))), abs=1e-4)
 
@@ -308,6 +336,11 @@ def loud(folder: Path) -> None:
     )
 
 
+def without_dropout(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: 0.0 if "dropout" in k and v is not None else v for k, v in config.items()}))
+
+
 def by_transformers(folder: Path, rows: list[dict[str, str]]) -> np.ndarray[Any, Any]:
     """(N, 3) logits in the order of ANIMALS, one text at a time, by transformers alone."""
     import torch
@@ -335,7 +368,9 @@ def test_texts_with_two_tokenizers_and_classes_in_two_orders(here: Path, pair: b
     other_tokenizer(here / "big")
     loud(here / "big")
     text_folder(here / "small", "distilbert", layers=1, body_only=not pair)
-    sentences(here / "train.csv", 30, 0, pair)
+    if pair:
+        without_dropout(here / "small")
+    train = sentences(here / "train.csv", 30, 0, pair)
     test = sentences(here / "test.csv", 15, 1, pair)
     sentences(here / "valid.csv", 9, 2, pair)
     file = recipe(
@@ -343,7 +378,7 @@ def test_texts_with_two_tokenizers_and_classes_in_two_orders(here: Path, pair: b
         teacher={"model": "hf:big"},
         student={"model": "hf:small"},
         data={"source": "csv:train.csv", "test": "test.csv", "valid": "valid.csv", "max_length": 16},
-        train={"batch_size": 8, "lr": 0.01},
+        train={**STILL, "batch_size": 30} if pair else {"batch_size": 8, "lr": 0.01},
         export=ALL if pair else ["onnx"],
     )
     metrics = run("distill", file, out=here / "run")
@@ -351,6 +386,10 @@ def test_texts_with_two_tokenizers_and_classes_in_two_orders(here: Path, pair: b
     check(metrics["models"]["student"], by_transformers(here / "run/student", test), truth(test))
     check(metrics["models"]["baseline"], by_transformers(here / "run/baseline", test), truth(test))
     check_exports(metrics, here / "run", ALL if pair else ["onnx"])
+    if pair:  # in the loop, too, each model has its own tokens
+        [row] = [line for line in lines(here / "run", "student") if "loss" in line]
+        expected = kd(by_transformers(here / "run/student", train), by_transformers(here / "big", train), 4.0)
+        assert row["terms"]["kd"] == pytest.approx(expected, rel=1e-4)
     a, b = (read(here / name / "tokenizer.json")["model"]["vocab"] for name in ("big", "run/student"))
     assert a != b
     assert any("another order" in note for note in metrics["notes"])
@@ -375,7 +414,7 @@ def test_a_student_of_chosen_layers_with_a_hint_and_unlabelled_texts(here: Path)
         student={"model": "hf:big", "options": {"layers": [0, 2]}},
         data={"source": "csv:train.csv", "test": "test.csv", "unlabelled": "more.csv", "max_length": 16},
         objective=objective,
-        train={"batch_size": 8, "lr": 1e-30, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0},
+        train={**STILL, "epochs": 2, "batch_size": 8},
     )
     metrics = run("distill", file, out=here / "run")
     student, teacher = (load_file(here / name / "model.safetensors") for name in ("run/student", "big"))
