@@ -15,9 +15,8 @@ from torch import nn
 from limbeck._folder import finished, next_free, refuse_taken, same_run
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
-from limbeck.models import Model, build_model, load_into, load_saved, state_hash, wrap_module
+from limbeck.models import Model, build_model, call_factory, load_into, load_saved, state_hash, wrap_module
 from limbeck.progress import Progress
-from limbeck.randomness import forked
 from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
 from limbeck.run import read_json
@@ -182,6 +181,8 @@ def _holding(model: Model, folder: Path) -> nn.Module:
 
 def train(*, student: ModelLike, train: Any = None, **arguments: Any) -> Result:
     """Train ``student`` without a teacher: the same spine, the same arguments as :func:`distill` but for teacher, temperature and alpha."""
+    if "teacher" in arguments:
+        raise UsageError(Problem("teacher", "limbeck.train has no teacher.", "Use limbeck.distill(teacher=..., student=...)."))
     return distill(student=student, teacher=None, train=train, **arguments)
 
 
@@ -231,10 +232,10 @@ def _model(
     if isinstance(given, nn.Module):
         module = _copied(given, role)
     else:
-        with forked(seed, role):
-            module = given()
-        if not isinstance(module, nn.Module):
-            raise UsageError(Problem(role, f"the callable returned {type(module).__name__}, not an nn.Module."))
+        if not callable(given):
+            text = f"got {type(given).__name__}, expected an nn.Module, a callable that returns one, or the name of a model."  # type: ignore[unreachable]
+            raise UsageError(Problem(role, text))
+        module, _ = call_factory(given, num_classes=len(data.classes), options={}, where=role, seed=seed, role=role)
         with contextlib.suppress(UsageError):  # it may have returned an object that others hold too
             module = _copied(module, role)
     return wrap_module(module, role=role, data=data, tokenizer=tokenizer, max_length=recipe.data.max_length)

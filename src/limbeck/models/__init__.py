@@ -6,6 +6,7 @@ from limbeck.models._heads import resize_head
 from limbeck.models._labels import class_map
 from limbeck.models._model import Model, call_module, describe, logits_of, state_hash
 from limbeck.models._names import SHORT_NAMES, known_models
+from limbeck.models._python import call_factory
 from limbeck.models._saved import load_into, load_saved, save_model
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Capture",
     "Model",
     "build_model",
+    "call_factory",
     "call_module",
     "class_map",
     "describe",
