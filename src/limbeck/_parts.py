@@ -105,7 +105,8 @@ class Parts:
             plan = beside.plan
         else:
             steps = beside.plan.total_steps
-            plan = self.plan(self.labelled, epochs=steps, batch_size=recipe.train.batch_size, seed=recipe.seed, total_steps=steps)
+            size = min(recipe.train.batch_size, len(self.data.train))
+            plan = self.plan(self.labelled, epochs=steps, batch_size=size, seed=recipe.seed, total_steps=steps)
         return Feed(plan, self.builder(self.labelled, teacher=with_teacher, training=True), beside.round, workers, pin_memory)
 
     def first_batch(self, recipe: Recipe, *, with_teacher: bool) -> Batch:

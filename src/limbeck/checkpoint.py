@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from limbeck.run import commit_folder, disk_errors, file_sha256, read_json
+from limbeck.run import commit_folder, disk_errors, file_sha256, read_json, sweep
 
 __all__ = ["load_newest", "pack", "save", "unpack"]
 
@@ -110,12 +110,6 @@ def load_newest(folder: Path, say: Callable[[str], None] = lambda text: None) ->
         except (OSError, ValueError, KeyError, TypeError) as e:
             say(f"Checkpoint {candidate} is passed over: {e}.")
     return None
-
-
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted write left behind."""
-    for left in folder.glob(".*.tmp"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _committed(folder: Path) -> list[Path]:

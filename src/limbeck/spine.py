@@ -31,7 +31,7 @@ from limbeck.progress import Progress
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
-from limbeck.run import Log, check_trackers, commit_folder, provenance, read_json, write_atomic, write_json
+from limbeck.run import Log, check_trackers, commit_folder, join_logs, provenance, read_json, sweep, write_atomic, write_json
 from limbeck.teacher import LiveTeacher, Meter
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
@@ -147,8 +147,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     meter = None if teacher is None else Meter(teacher.module)
     make(job.out)
     cost = _Cost(job.out / "checkpoints" / "cost.json", meter, began)
-    for folder in (job.out, *(p for p in job.out.rglob("*") if p.is_dir())):
-        checkpoint.sweep(folder)
+    sweep(job.out)
     with stop.listening():
         if recorded is None:
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
@@ -430,8 +429,8 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=job.out) as temporary:
                 shutil.copytree(children[best] / name, Path(temporary) / name)
                 commit_folder(Path(temporary) / name, job.out / name)
-    for name in ("analysis.json", "log.jsonl"):
-        write_atomic(job.out / name, (children[best] / name).read_bytes())
+    write_atomic(job.out / "analysis.json", (children[best] / "analysis.json").read_bytes())
+    join_logs(job.out, children[best])
     resumed = [step for child in children for step in read_json(child / "environment.json")["resumed_from"]]
     about = {"seed": recipe.seed, "best_seed": recipe.seed + best, "resumed_from": resumed}
     write_json(job.out / "environment.json", {**shared.environment, **about})
