@@ -253,8 +253,8 @@ MUTANTS = (
     Mutant(
         "baseline-with-fewer-steps",
         "_parts.py",
-        "epochs=steps, batch_size=recipe.train.batch_size, seed=recipe.seed, total_steps=steps",
-        "epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed",
+        "epochs=steps, batch_size=size, seed=recipe.seed, total_steps=steps",
+        "epochs=recipe.train.epochs, batch_size=size, seed=recipe.seed",
         BASELINE,
     ),
     Mutant("chosen-on-the-test-split", "_parts.py", "split = self.data.valid\n", "split = self.data.test\n", BASELINE),
