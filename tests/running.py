@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -174,6 +175,8 @@ class _Forked:
 
 
 def _child(arguments: list[str], said: str, environment: dict[str, str]) -> None:
+    # the loader of a run in this process may have started the server first, with the signal blocked for its workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ.update(environment)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
