@@ -383,7 +383,7 @@ def _test(arguments: list[str], copy: Path, output: int) -> NoReturn:
         os.dup2(output, 2)
         signal.alarm(TIMEOUT)
         os.chdir(copy)
-        sys.path[:0] = [str(copy / "src")]
+        sys.path[:1] = [str(copy), str(copy / "src")]  # as `python -m pytest` there; not this script's own folder
         import limbeck
 
         # the installed package points to the original tree, and must not be the one that is tested
