@@ -18,8 +18,10 @@ __all__ = ["Stop", "begun_seeds", "finished", "matches", "next_free", "refuse_ta
 
 
 def finished(folder: Path) -> bool:
-    """A run is finished when its last file stands: the report comes after the metrics."""
-    return (folder / "metrics.json").is_file() and (folder / "report.html").is_file()
+    """A run is finished when its last file stands (the report comes after the metrics) and nothing that it was to make has failed."""
+    if not (folder / "metrics.json").is_file() or not (folder / "report.html").is_file():
+        return False
+    return read_json(folder / "metrics.json").get("export_failure") is None
 
 
 def next_free(root: Path, name: str) -> Path:

@@ -24,6 +24,7 @@ __all__ = ["Parts"]
 
 EVALUATION_BATCH = 256
 THROUGHPUT_BATCH = 64
+PARITY_SAMPLES = 32
 PROBE = 2
 
 
@@ -167,6 +168,10 @@ class Parts:
             return {"accuracy": found["accuracy"], "nll": found["nll"]}
 
         return validate
+
+    def parity_inputs(self) -> Inputs:
+        """Real test samples as the student takes them, float32: what exported files are compared on."""
+        return {k: v.float() if v.is_floating_point() else v for k, v in self.sample_inputs(PARITY_SAMPLES).items()}
 
     def samples(self, preprocessing: Preprocessing | None = None) -> tuple[Inputs, Inputs]:
         """What speed is measured with: one test sample alone (a text of median length, unpadded), and a larger batch."""

@@ -14,11 +14,10 @@ from limbeck.data import Data, load_data
 from limbeck.engine import Engine, choose_device
 from limbeck.errors import Problem, UsageError
 from limbeck.export import export_model
-from limbeck.models import Model, load_saved
+from limbeck.models import load_saved
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
 from limbeck.run import read_json, write_json
-from limbeck.spine import PARITY_SAMPLES
 
 __all__ = ["evaluate_run", "export_run"]
 
@@ -50,21 +49,19 @@ def export_run(run: Path, formats: list[str]) -> dict[str, Any]:
     """
     recipe, data = _of(run)
     model = load_saved(run)
-    inputs = inputs_for_export(model, Parts(recipe, data, model.preprocessing, None))
+    Engine(torch.device("cpu")).place(model.module)
+    model.module.eval()
+    inputs = Parts(recipe, data, model.preprocessing, None).parity_inputs()
     exported = export_model(model, formats, run / "export", inputs=inputs, classes=model.classes or data.classes, task=recipe.task)
     if (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json")
         metrics["export"] = {**metrics.get("export", {}), **exported}
+        if set(recipe.export) <= set(metrics["export"]):  # what a run failed to export is there now
+            metrics.pop("export_failure", None)
+            metrics["notes"] = [note for note in metrics["notes"] if not note.startswith("The export failed: ")]
         write_json(run / "metrics.json", metrics)
         write_report([run], run / "report.html")
     return exported
-
-
-def inputs_for_export(model: Model, parts: Parts) -> dict[str, torch.Tensor]:
-    """Real test samples, prepared, float32, for the parity check; the model is brought to the CPU in float32."""
-    Engine(torch.device("cpu")).place(model.module)
-    model.module.eval()
-    return {k: v.float() if v.is_floating_point() else v for k, v in parts.sample_inputs(PARITY_SAMPLES, model.preprocessing).items()}
 
 
 def _of(run: Path) -> tuple[Recipe, Data]:

@@ -79,7 +79,7 @@ def needs_of(terms: Sequence[Term]) -> tuple[Needs, Needs]:
 class Objective(nn.Module):
     """The weighted sum of the terms of a recipe; holds the parameters of its losses (projections), which the export never sees.
 
-    Build it with :meth:`build`, :meth:`baseline` or :meth:`cross_entropy_only`, and move it to the device and dtype of the student.
+    Build it with :meth:`build` or :meth:`baseline`, and move it to the device and dtype of the student.
     ``names`` are the losses' names (``kd``, and ``kd.2`` for a second one); ``needs_teacher``, ``student_needs`` and ``teacher_needs`` say
     what it asks of the models; ``per_item`` is False where the gradient depends on how a step is cut into microbatches: a relational loss,
     or a projection with batch statistics.
@@ -132,11 +132,6 @@ class Objective(nn.Module):
         return cls(built)
 
     @classmethod
-    def cross_entropy_only(cls) -> Objective:
-        """Training without a teacher: cross entropy at weight 1."""
-        return cls.build([Term(loss="cross_entropy")], classes=(), label_counts=())
-
-    @classmethod
     def baseline(cls, terms: Sequence[Term], *, classes: Sequence[str], label_counts: Sequence[int] | np.ndarray[Any, Any]) -> Objective:
         """What the baseline of a recipe learns from: the parameters of its (first) cross entropy term, at weight 1, and no teacher."""
         found = next((t for t in terms if t.loss == "cross_entropy"), Term(loss="cross_entropy"))
@@ -151,8 +146,6 @@ class Objective(nn.Module):
 
         Called on the whole step, before it is cut or moved to a device; with several ranks, sum what each rank counts.
         """
-        if any(t.tokens for t in self._each):
-            _check_same_tokens(batch)
         return {t.name: int(t.selection(batch).sum()) for t in self._each}
 
     def forward(
@@ -246,18 +239,6 @@ def _layers(entry: LossEntry, term: Term) -> dict[str, str]:
     """The paths that a term reads, by side."""
     values = term.model_extra or {}
     return {p.layer.side: values[p.name] for p in entry.parameters.values() if p.layer is not None}
-
-
-def _check_same_tokens(batch: Batch) -> None:
-    """Features by token can be compared only where both models see the same tokens."""
-    if batch.teacher is None or batch.teacher is batch.student:
-        return
-    student, teacher = (inputs.get("attention_mask") for inputs in (batch.student, batch.teacher))
-    if student is not None and teacher is not None and not torch.equal(student, teacher):
-        message = "a loss on features by token needs the same tokens on both sides, and here the two tokenizers cut the text differently."
-        raise UsageError(
-            Problem("objective", message, "Choose layers that give one row a sample, (B, D), or models that share a tokenizer.")
-        )
 
 
 def _misfit(name: str, what: str, layers: Mapping[str, str], x: Tensor, chosen: Tensor) -> Problem:

@@ -36,7 +36,6 @@ from limbeck.teacher import LiveTeacher, Meter
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
 
-PARITY_SAMPLES = 32
 State = dict[str, torch.Tensor]
 
 
@@ -272,10 +271,9 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
         if recipe.export:
             Engine(torch.device("cpu")).place(student.module)
             shared.progress.say(f"exporting {', '.join(recipe.export)}")
-            inputs = {k: v.float() if v.is_floating_point() else v for k, v in parts.sample_inputs(PARITY_SAMPLES).items()}
             try:
                 exported = export_model(
-                    student, list(recipe.export), folder / "export", inputs=inputs, classes=data.classes, task=recipe.task
+                    student, list(recipe.export), folder / "export", inputs=parts.parity_inputs(), classes=data.classes, task=recipe.task
                 )
             except Stopped as e:  # what was trained and measured is kept and reported; the exit code still says that the export failed
                 failure = e
@@ -291,6 +289,8 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             cost=shared.cost.since(begun),
             notes=[*shared.notes, *([f"The export failed: {failure}"] if failure else [])],
         )
+        if failure is not None:
+            result["export_failure"] = str(failure)  # the run is not finished: a resume tries the export again
         write_json(folder / "analysis.json", analyse(labels=data.test.labels, logits=logits, classes=data.classes, sample=_sampler(data)))
         write_json(folder / "metrics.json", result)
     finally:
@@ -298,8 +298,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
     write_report([folder], folder / "report.html")
     if failure is not None:
         raise failure
-    if folder == job.out:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 

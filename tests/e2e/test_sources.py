@@ -397,6 +397,26 @@ def test_texts_with_two_tokenizers_and_classes_in_two_orders(here: Path, pair: b
     assert all(name in report for name in ANIMALS)
 
 
+def test_a_hint_on_tokens_is_refused_where_the_tokenizers_differ(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two vocabularies give masks of the same shape; only the tokenizers' files tell that the tokens are others."""
+    text_folder(here / "big", "bert", layers=2, classes=ANIMALS)
+    text_folder(here / "small", "bert", layers=1, body_only=True)
+    other_tokenizer(here / "big")
+    sentences(here / "train.csv", 24, 0)
+    hint = {"loss": "hint", "weight": 0.1, "student": "bert.encoder.layer.0", "teacher": "bert.encoder.layer.1"}
+    objective = [{"loss": "kd", "weight": 0.5, "temperature": 2.0}, {"loss": "cross_entropy", "weight": 0.5}, hint]
+    file = recipe(
+        here,
+        teacher={"model": "hf:big"},
+        student={"model": "hf:small"},
+        data={"source": "csv:train.csv", "test": "train.csv", "max_length": 16},
+        objective=objective,
+    )
+    assert limbeck("distill", file, "--out", here / "run") == 2
+    assert "the two models have different tokenizers" in capsys.readouterr().err
+    assert not (here / "run").exists()
+
+
 def test_a_student_of_chosen_layers_with_a_hint_and_unlabelled_texts(here: Path) -> None:
     text_folder(here / "big", "bert", layers=3, classes=ANIMALS)
     loud(here / "big")

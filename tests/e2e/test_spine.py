@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import limbeck as package
+from limbeck.errors import ParityFailed
 from running import NAMES, arrays, digest, leaves, left_over, limbeck, make_folder, read, recipe, run, start, weights
 from support import Big, Small, made, tensors
 
@@ -252,7 +253,7 @@ def test_a_run_leaves_what_the_contract_says(here: Path) -> None:
         "metrics.json",
         "report.html",
     } <= top
-    assert "checkpoints" not in top
+    assert not list(folder.rglob("checkpoints"))
     assert left_over(folder) == []
 
     assert {"limbeck", "task", "primary_metric", "seeds", "models", "gap_closed", "verdict", "cost", "export"} <= set(metrics)
@@ -332,6 +333,32 @@ def test_nan_stops_with_a_sentence_and_the_last_good_checkpoint(here: Path, caps
     assert not (here / "run/metrics.json").exists()
     assert not (here / "run/student").exists()
     assert left_over(here / "run") == []
+
+
+def test_a_failed_parity_keeps_what_was_measured_and_is_no_finished_run(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from limbeck import spine
+
+    def fails(*given: Any, **more: Any) -> Any:
+        raise ParityFailed("onnx: the largest difference is 7.0")
+
+    file = recipe(here, export=["onnx"])
+    with monkeypatch.context() as patch:
+        patch.setattr(spine, "export_model", fails)
+        for resume in ([], ["--resume"]):
+            assert limbeck("distill", file, "--out", here / "run", *resume) == 3
+            assert "the largest difference is 7.0" in capsys.readouterr().err
+    metrics = read(here / "run/metrics.json")
+    assert metrics["models"]["student"]["metrics"]["accuracy"] is not None
+    assert metrics["export_failure"] == "onnx: the largest difference is 7.0"
+    trained = weights(here / "run/student")
+    assert limbeck("distill", file, "--out", here / "run", "--resume") == 0
+    metrics = read(here / "run/metrics.json")
+    assert "export_failure" not in metrics
+    assert metrics["export"]["onnx"]["agreement"] == 1.0
+    assert weights(here / "run/student") == trained
+    assert not (here / "run/checkpoints").exists()
 
 
 @pytest.mark.parametrize("place", ["step-", "model.json", "metrics.json", "log.jsonl"])

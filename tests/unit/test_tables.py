@@ -1,0 +1,14 @@
+"""The tables of the README are what the committed results say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
