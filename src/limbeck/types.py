@@ -81,7 +81,8 @@ Preprocessing = ImagePreprocessing | TextPreprocessing | TensorPreprocessing
 class Batch:
     """One batch of samples, ready for both models.
 
-    ids: ``(B, 2)`` uint64, the 128-bit hash of each sample's raw content. labels: ``(B,)`` int64 with -1 for unlabelled, or ``(B, C)``
+    ids: ``(B, 2)`` uint64, the 128-bit hash of each sample's raw content. keys: ``(B, 2)`` uint64, the hash of all raw content that a view was
+    made of (a sample's id, with mixup its partner's too), by which a teacher's answers are kept; None means the ids. labels: ``(B,)`` int64 with -1 for unlabelled, or ``(B, C)``
     float probabilities after mixup (rows of zeros for unlabelled). mask: ``(B,)`` bool, the valid items. ``teacher`` is the same object as
     ``student`` where both want the same preparation, and None where nobody will ask the teacher.
     """
@@ -92,6 +93,7 @@ class Batch:
     teacher: Inputs | None
     labels: Tensor
     mask: Tensor
+    keys: np.ndarray[Any, np.dtype[np.uint64]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,7 +111,8 @@ class Batch:
             teacher: Inputs | None = student if self.teacher is not None else None
         else:
             teacher = {k: v[start:stop] for k, v in self.teacher.items()}
-        return Batch(self.ids[start:stop], self.view, student, teacher, self.labels[start:stop], self.mask[start:stop])
+        keys = None if self.keys is None else self.keys[start:stop]
+        return Batch(self.ids[start:stop], self.view, student, teacher, self.labels[start:stop], self.mask[start:stop], keys)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None, memory_format: torch.memory_format | None = None) -> Batch:
         """A copy on ``device``; floating-point inputs in ``dtype``, image inputs in ``memory_format``."""

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-__all__ = ["Ids", "array_id", "array_ids", "bytes_id", "from_digests", "groups", "text_ids"]
+from limbeck.randomness import mix
+
+__all__ = ["Ids", "array_id", "array_ids", "bytes_id", "from_digests", "groups", "pair_ids", "text_ids"]
 
 Ids = npt.NDArray[np.uint64]
 """``(N, 2)`` uint64: the two words of each hash, the high one first."""
@@ -43,6 +45,18 @@ def text_ids(texts: Sequence[str], pairs: Sequence[str | None] | None = None) ->
         return from_digests(xxhash.xxh3_128_digest(f"{t}\x1f".encode("utf-8", "surrogatepass")) for t in texts)
     both = (f"{t}\x1f{p or ''}" for t, p in zip(texts, pairs, strict=True))
     return from_digests(xxhash.xxh3_128_digest(b.encode("utf-8", "surrogatepass")) for b in both)
+
+
+def pair_ids(first: Ids, second: Ids) -> Ids:
+    """``(N, 2)``: an id for each ordered pair of samples, as mixup makes one of two."""
+    words = [*first.T, *second.T]
+    out = np.empty_like(first)
+    for place, start in enumerate((np.uint64(0x6A09E667F3BCC908), np.uint64(0xBB67AE8584CAA73B))):  # two unrelated beginnings: 128 bits
+        state = np.full(len(first), start)
+        for word in words:
+            state = mix(state ^ word)
+        out[:, place] = state
+    return out
 
 
 def groups(ids: Ids) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
