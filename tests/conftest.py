@@ -11,3 +11,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _own_teacher_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads what a teacher said in another one, or in the user's own runs."""
+    folder = tmp_path_factory.mktemp("teachers")
+    monkeypatch.setenv("LIMBECK_CACHE", str(folder))
+    return folder

@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "padding-counted", "objective.py", '& batch.student["attention_mask"].bool()', '& batch.student["attention_mask"].ge(0)', OBJECTIVE
     ),
-    Mutant("divided-by-the-microbatch", "objective.py", "/ max(counts[term.name], 1)", "/ max(len(values), 1)", OBJECTIVE),
-    Mutant("divided-by-all-rows", "objective.py", "int(t.selection(batch).sum())", "t.selection(batch).numel()", OBJECTIVE),
+    Mutant("divided-by-the-microbatch", "objective.py", "/ max(counts[term.name], 1)", "/ max(len(batch), 1)", OBJECTIVE),
+    Mutant("divided-by-all-rows", "objective.py", "int(np.count_nonzero(found.numpy(force=True)))", "found.numel()", OBJECTIVE),
     Mutant("mixed-unlabelled-as-labelled", "types.py", "self.labels.sum(-1) > 0", "self.labels.sum(-1) >= 0", OBJECTIVE),
     Mutant("unlabelled-as-labelled", "types.py", "known = self.labels >= 0 if", "known = self.labels >= -1 if", OBJECTIVE),
     Mutant("schedules-ignored", "objective.py", "return value.start * (1 - done) + value.end * done", "return value.start", OBJECTIVE),
@@ -191,7 +191,7 @@ MUTANTS = (
     Mutant(
         "dropout-seed-forgotten",
         "loop.py",
-        'torch.manual_seed(seed_for(seed, "dropout", request.step, micro, 0))',
+        'engine.seed(seed_for(seed, "dropout", request.step, micro, 0))',
         "pass",
         LOOP,
     ),

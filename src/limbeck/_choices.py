@@ -13,37 +13,11 @@ from limbeck.models import Capture, Model
 from limbeck.objective import Objective
 from limbeck.randomness import seed_for
 from limbeck.recipe import Recipe, Train
-from limbeck.teacher import LiveTeacher, Meter
 from limbeck.types import Batch, Outputs, Signal
 
-__all__ = ["choose", "explicit", "resolved", "snapshot", "student_choice", "teacher_choice"]
+__all__ = ["explicit", "resolved", "snapshot", "student_choice", "teacher_choice"]
 
 Choice = tuple[Engine, dict[str, Any]]
-
-
-def choose(
-    recipe: Recipe,
-    student: Model,
-    teacher: Model | None,
-    columns: Any,
-    objective: Objective,
-    batch: Batch,
-    device: torch.device,
-    meter: Meter | None,
-) -> tuple[dict[str, Engine], dict[str, Any]]:
-    """How teacher and student run, by role, and the record of why. batch: one real microbatch, on the CPU."""
-    engines: dict[str, Engine] = {}
-    choices: dict[str, Any] = {}
-    signal = None
-    if teacher is not None and recipe.teacher is not None:
-        engines["teacher"], choices["teacher"] = teacher_choice(
-            teacher, batch, device, recipe.teacher.precision, recipe.teacher.layout, recipe.train.precision
-        )
-        if recipe.train.precision == "auto":
-            live = LiveTeacher(teacher, Engine(device), columns, meter)
-            signal = live(live.engine.send(batch), objective.teacher_needs)
-    engines["student"], choices["student"] = student_choice(student, signal, objective, batch, device, recipe.train, recipe.seed)
-    return engines, choices
 
 
 def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int) -> Recipe:
@@ -108,7 +82,7 @@ def student_choice(
         def step() -> None:
             module.zero_grad(set_to_none=True)
             with Capture(module, objective.student_needs.features) as capture:
-                torch.manual_seed(seed_for(seed, "dropout", 0, 0, 0))
+                engine.seed(seed_for(seed, "dropout", 0, 0, 0))
                 with engine.autocast():
                     outputs = Outputs(student(sent.student), capture.features)
                 loss, _ = objective(outputs, teacher, sent, progress=0.0, counts=counts)

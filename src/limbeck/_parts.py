@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck.data import BatchBuilder, Data, Plan, Split, augmentation, evaluation_requests, token_lengths
+from limbeck.data import BatchBuilder, Data, Plan, Split, augmentation, evaluation_requests, token_lengths, view_keys
 from limbeck.engine import Engine
 from limbeck.errors import Problem, UsageError
 from limbeck.evaluate import metrics, predict
@@ -37,7 +37,8 @@ class Parts:
         self.recipe, self.data, self.student, self.teacher = recipe, data, student, teacher
         self.augment = augmentation(recipe.data.augment, data)
         views = recipe.teacher_cache.views
-        self.views = None if views == "live" else views
+        # without augmentation every view of a sample is the same
+        self.views = 1 if self.augment is None else None if views == "live" else views
         self.batch_statistics = batch_statistics  # of the model that is trained: a last batch of one sample is then left out
         self.shapes_student: dict[str, tuple[int, ...]] = {}
         self.shapes_teacher: dict[str, tuple[int, ...]] = {}
@@ -66,6 +67,10 @@ class Parts:
             dtype=dtype,
         )
 
+    def keys(self, split: Split, view: int, *, training: bool) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """``(N, 2)``: what the views of a split's rows are made of, by which a teacher's answers are kept."""
+        return view_keys(split, self.augment if training else None, self.recipe.data.seed, view)
+
     def lengths(self, split: Split, preprocessing: Preprocessing | None = None) -> np.ndarray[Any, Any] | None:
         """Token counts of a split's rows, where batches are bucketed by them."""
         wanted = preprocessing or self.student
@@ -93,13 +98,13 @@ class Parts:
             total_steps=total_steps,
         )
 
-    def feed(self, recipe: Recipe, *, with_teacher: bool, workers: int = 0, pin_memory: bool = False) -> Feed:
-        """What a student reads: all rows beside a teacher, the labelled ones alone."""
+    def feed(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False, workers: int = 0, pin_memory: bool = False) -> Feed:
+        """What a student reads: all rows beside a teacher, the labelled ones alone. ask: prepare the teacher's inputs too."""
         split = self.data.train if with_teacher else self.labelled
         plan = self.plan(split, epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed)
-        return Feed(plan, self.builder(split, teacher=with_teacher, training=True), plan.steps_per_epoch, workers, pin_memory)
+        return Feed(plan, self.builder(split, teacher=ask, training=True), plan.steps_per_epoch, workers, pin_memory)
 
-    def baseline_feed(self, recipe: Recipe, *, with_teacher: bool, workers: int = 0, pin_memory: bool = False) -> Feed:
+    def baseline_feed(self, recipe: Recipe, *, workers: int = 0, pin_memory: bool = False) -> Feed:
         """What the baseline reads: the labelled rows, for as many optimiser steps of the same size as the student beside its teacher."""
         beside = self.feed(recipe, with_teacher=True)
         if self.labelled is self.data.train:
@@ -108,11 +113,11 @@ class Parts:
             steps = beside.plan.total_steps
             size = min(recipe.train.batch_size, len(self.data.train))
             plan = self.plan(self.labelled, epochs=steps, batch_size=size, seed=recipe.seed, total_steps=steps)
-        return Feed(plan, self.builder(self.labelled, teacher=with_teacher, training=True), beside.round, workers, pin_memory)
+        return Feed(plan, self.builder(self.labelled, training=True), beside.round, workers, pin_memory)
 
-    def first_batch(self, recipe: Recipe, *, with_teacher: bool) -> Batch:
+    def first_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
         """One microbatch of the first step, as it is measured with."""
-        feed = self.feed(recipe, with_teacher=with_teacher)
+        feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
         batch = feed.builder(feed.plan.request(0))
         return batch.part(0, -(-len(batch) // recipe.train.accumulate))
 

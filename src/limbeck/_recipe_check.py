@@ -179,10 +179,22 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons.setdefault("data.test_fraction", "has no effect where data.test names the test data.")
     if given(data, "data.valid"):
         reasons.setdefault("data.valid_fraction", "has no effect where data.valid names the validation data.")
+    reasons |= _cache_reasons(value)
     if command == "train":
         reasons["teacher_cache"] = "has no effect without a teacher."
         reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."
     return reasons
+
+
+def _cache_reasons(value: Any) -> dict[str, str]:
+    names = [f"teacher_cache.{name}" for name in ("path", "store", "codec", "temperature", "top", "samples")]
+    if value("teacher_cache.mode") == "off":
+        return dict.fromkeys(names, "has no effect where teacher_cache.mode is off.")
+    if value("teacher_cache.views") == "live":
+        return dict.fromkeys(names, "has no effect where teacher_cache.views is live: the teacher is asked in every step.")
+    if value("teacher_cache.codec") != "sparse":
+        return dict.fromkeys(names[3:], "is for the codec sparse.")
+    return {}
 
 
 def recipe_problems(data: Given, value: Any, command: str) -> Iterable[Problem]:
@@ -248,6 +260,8 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
     accumulate, batch = value("train.accumulate"), value("train.batch_size")
     if _number(accumulate) and _number(batch) and accumulate > batch > 0:
         yield Problem("train.accumulate", f"got {accumulate}, more microbatches than train.batch_size ({batch}) has samples.")
+    if value("teacher_cache.mode") == "require" and value("teacher_cache.views") == "live":
+        yield Problem("teacher_cache.mode", "is require, but teacher_cache.views is live, which asks the teacher in every step.")
     device, precision = value("train.device"), value("train.precision")
     if not isinstance(device, str):
         return

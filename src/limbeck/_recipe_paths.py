@@ -112,7 +112,7 @@ def check_model(name: Any, where: str, role: str) -> list[Problem]:
 def absolute_paths(data: dict[str, Any], base: Path, only: set[str] | None = None) -> dict[str, Any]:
     """``data`` (a recipe's mapping) with the local paths in it made absolute against ``base``; ``only`` limits it to those keys."""
     result = dict(data)
-    for section in ("teacher", "student", "data"):
+    for section in ("teacher", "student", "data", "teacher_cache"):
         if isinstance(result.get(section), dict):
             result[section] = dict(result[section])
     for key, rewrite in _REWRITES.items():
@@ -165,6 +165,7 @@ _REWRITES = {
     "data.test": _absolute_further,
     "data.valid": _absolute_further,
     "data.unlabelled": _absolute_further,
+    "teacher_cache.path": _absolute,
 }
 
 

@@ -19,7 +19,7 @@ from limbeck.recipe import Recipe
 from limbeck.types import Inputs
 from limbeck.verdict import gap_closed, verdict
 
-__all__ = ["figures", "joint_metrics", "seed_metrics"]
+__all__ = ["figures", "joint_metrics", "measures", "seed_metrics"]
 
 PRIMARY = "accuracy"
 
@@ -31,9 +31,13 @@ def figures(
 
     inputs: prepared test samples on the CPU; the model is on ``engine``'s device in its precision. flops: of one sample (a multiply-add is 2).
     """
+    return {"metrics": metrics(logits, labels), **measures(model, samples, engine)}
+
+
+def measures(model: Model, samples: tuple[Inputs, Inputs], engine: Engine) -> dict[str, Any]:
+    """Size, work and speed of a model, as in :func:`figures`."""
     one, many = ({k: v.to(engine.device, engine.dtype if v.is_floating_point() else None) for k, v in inputs.items()} for inputs in samples)
     return {
-        "metrics": metrics(logits, labels),
         **describe(model, one),
         "latency_ms": {**latency(model, one), "threads": torch.get_num_threads()},
         "throughput": {"items_per_second": throughput(model, many), "batch_size": len(next(iter(many.values())))},
@@ -77,7 +81,6 @@ def seed_metrics(
         "validation": best[0] if best else None,
         "cost": {
             **cost,
-            "cache_hits": 0,
             "train_seconds": runs["student"].seconds,
             "baseline_seconds": runs["baseline"].seconds if "baseline" in runs else 0.0,
             "steps": runs["student"].steps,

@@ -15,7 +15,7 @@ from torch import nn
 from limbeck._folder import finished, next_free, refuse_taken, same_run
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
-from limbeck.models import Model, build_model, call_factory, load_into, load_saved, state_hash, wrap_module
+from limbeck.models import Model, build_model, call_factory, load_into, load_saved, sources, state_hash, wrap_module
 from limbeck.progress import Progress
 from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
@@ -158,6 +158,9 @@ def distill(
             out=folder,
             resume=resume,
             seeds=seeds,
+            sources=lambda: sources(recipe.teacher, data=loaded, base=base, max_length=recipe.data.max_length)
+            if recipe.teacher is not None and isinstance(teacher, str | Path | dict)
+            else None,
         )
         if finished(folder):
             same_run(folder, recipe, seeds)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
 from limbeck._cli_run import call, emit, print_json
 from limbeck.errors import Problem, UsageError, listed, nearest
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
 
 __all__ = ["app", "main"]
 
@@ -59,6 +62,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="Any recipe key, e.g. --set train.optimizer=sgd (a YAML value)."),
+]
+VerifyCache = Annotated[
+    str | None,
+    typer.Option(
+        "--verify-cache",
+        metavar="N",
+        show_default=False,
+        help="Compare N cached answers with the teacher, which is loaded for it; by default 32 where it is loaded anyway.",
+    ),
+]
+CacheFolder = Annotated[
+    str | None,
+    typer.Argument(metavar="FOLDER", show_default=False, help="A teacher_cache.path, or one directory in it; by default the user's own."),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", show_default=False, help="The folder of a run.")]
 
@@ -111,6 +127,7 @@ def distill(
     out: Out = None,
     resume: Resume = False,
     no_baseline: NoBaseline = False,
+    verify_cache: VerifyCache = None,
     dry_run: DryRun = False,
     json: Json = False,
     sets: Sets = None,
@@ -135,7 +152,105 @@ def distill(
         "seed": seed,
         "baseline": False if no_baseline else None,
     }
-    emit(lambda: _run("distill", recipe, options, sets or [], out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json), json)
+    asked = _Asked(out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json, verify_cache=verify_cache)
+    emit(lambda: _run("distill", recipe, options, sets or [], asked), json)
+
+
+@app.command()
+def label(
+    recipe: RecipeFile = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    data: DataSource = None,
+    task: Task = None,
+    epochs: Epochs = None,
+    verify_cache: VerifyCache = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    sets: Sets = None,
+) -> None:
+    """Fill the teacher's cache, and train nothing.
+
+    Run it again to go on, or several times at once to share the work; the runs of the recipe then never load the teacher.
+    """
+    options: dict[str, Any] = {"teacher": teacher, "student": student, "data": data, "task": task, "epochs": epochs}
+
+    def work() -> dict[str, Any]:
+        problems, count = _whole("--verify-cache", verify_cache, 0, 1_000_000)
+        loaded, base = _loaded("distill", recipe, options, sets or [], problems)
+        from limbeck.label import label as fill
+
+        return dict(fill(loaded, base=base, progress="plain" if json else "auto", dry_run=dry_run, verify_cache=count))
+
+    emit(work, json)
+
+
+cache_app = typer.Typer(help="What teachers have said already: list it, check it, remove it.", add_completion=False, rich_markup_mode=None)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("ls")
+def cache_ls(folder: CacheFolder = None, json: Json = False) -> None:
+    """The caches, and what each holds."""
+
+    def work() -> dict[str, Any]:
+        from limbeck.cache import default_root, listing
+
+        root = default_root() if folder is None else Path(folder)
+        return {"root": str(root), "caches": listing(root)}
+
+    result = emit(work, json)
+    if json:
+        return
+    print(result["root"])
+    rows = []
+    for row in result["caches"]:
+        if "damaged" in row:
+            rows.append((row["name"], "damaged", "", "", "", "", ""))
+            continue
+        what = f"{', '.join(row['stores'])} in {row['codec']}, asked in {row['precision']}"
+        state = "being filled" if row["unfinished"] else ""
+        rows.append((row["name"], row["teacher"], row["for"], what, f"{row['rows']:,} ({row['views']} views)", f"{row['bytes']:,}", state))
+    _table(("name", "teacher", "for", "holds", "rows", "bytes", ""), rows)
+
+
+@cache_app.command("verify")
+def cache_verify(
+    folder: CacheFolder = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Take out what is damaged; it is asked for again when it is wanted.")] = False,
+    json: Json = False,
+) -> None:
+    """Compare every byte with its checksum."""
+
+    def work() -> dict[str, Any]:
+        from limbeck.cache import default_root, verify
+
+        found = verify(default_root() if folder is None else Path(folder), repair=repair)
+        problems = [Problem("", text) for one in found for text in one.problems]
+        if problems and not repair:
+            raise UsageError(problems)
+        return {"caches": [{"folder": str(v.folder), "rows": v.rows, "problems": v.problems, "mended": v.mended} for v in found]}
+
+    result = emit(work, json)
+    if not json:
+        for row in result["caches"]:
+            for text in (*row["problems"], *row["mended"]):
+                print(text)
+            print(f"{row['folder']}: {row['rows']:,} rows are as they were written.")
+
+
+@cache_app.command("rm")
+def cache_rm(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", show_default=False, help="Names as `limbeck cache ls` has them, or beginnings.")
+    ],
+    path: Annotated[str | None, typer.Option("--path", metavar="FOLDER", help="The teacher_cache.path; by default the user's own.")] = None,
+) -> None:
+    """Remove caches by name."""
+    from limbeck.cache import default_root, remove
+
+    for folder in remove(default_root() if path is None else Path(path), names):
+        print(f"{folder} was removed.")
 
 
 @app.command()
@@ -170,7 +285,8 @@ def train(
         "seed": seed,
     }
     options |= {"baseline": False if no_baseline else None}
-    emit(lambda: _run("train", recipe, options, sets or [], out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json), json)
+    asked = _Asked(out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json)
+    emit(lambda: _run("train", recipe, options, sets or [], asked), json)
 
 
 @app.command()
@@ -324,51 +440,71 @@ def convert(
     convert_file(Path(source), Path(target), key=key)
 
 
+class _Asked(NamedTuple):
+    """Options that are no part of a recipe, as texts."""
+
+    out: str | None
+    resume: bool
+    seeds: str | None
+    dry_run: bool
+    plain: bool
+    verify_cache: str | None = None
+
+
 def _run(
-    command: Literal["distill", "train"],
-    recipe: str | None,
-    options: dict[str, Any],
-    sets: Sequence[str],
-    *,
-    out: str | None,
-    resume: bool,
-    seeds: str | None,
-    dry_run: bool,
-    plain: bool,
+    command: Literal["distill", "train"], recipe: str | None, options: dict[str, Any], sets: Sequence[str], asked: _Asked
 ) -> dict[str, Any]:
     """Judges everything that was given, then runs the spine."""
+    problems, number = _whole("--seeds", asked.seeds, 1, 1000)
+    wrong, verify = _whole("--verify-cache", asked.verify_cache, 0, 1_000_000)
+    problems += [*wrong, *_out_problems(asked.out, asked.resume)]
+    folder = _folder(asked.out)
+    if asked.resume and recipe is None and folder is not None and (folder / "recipe.yaml").is_file() and not _any(options, sets):
+        recipe = str(folder / "recipe.yaml")
+    loaded, base = _loaded(command, recipe, options, sets, problems)
+    from limbeck.spine import run_recipe
+
+    result = run_recipe(
+        loaded,
+        base=base,
+        out=folder,
+        resume=asked.resume,
+        seeds=number,
+        progress="plain" if asked.plain else "auto",
+        dry_run=asked.dry_run,
+        command=command,
+        verify_cache=verify,
+    )
+    return dict(result)
+
+
+def _loaded(
+    command: Literal["distill", "train"], recipe: str | None, options: dict[str, Any], sets: Sequence[str], problems: list[Problem]
+) -> tuple[Recipe, Path]:
+    """The recipe and the folder of its relative paths; raises everything that is wrong with it, and ``problems``."""
     from limbeck.reading import RecipeError, load_recipe
 
-    problems, number = _seeds(seeds)
-    problems += _out_problems(out, resume)
-    folder = _folder(out)
-    path = None if recipe is None else Path(recipe)
-    if resume and path is None and folder is not None and (folder / "recipe.yaml").is_file() and not _any(options, sets):
-        path = folder / "recipe.yaml"
     try:
-        loaded, base = load_recipe(path, options, sets, command)
+        loaded = load_recipe(None if recipe is None else Path(recipe), options, sets, command)
     except RecipeError as error:
         raise RecipeError([*error.problems, *problems], error.source) from None
     except UsageError as error:
         raise UsageError([*error.problems, *problems]) from None
     _raise(problems)
-    from limbeck.spine import run_recipe
-
-    progress = "plain" if plain else "auto"
-    result = run_recipe(loaded, base=base, out=folder, resume=resume, seeds=number, progress=progress, dry_run=dry_run, command=command)
-    return dict(result)
+    return loaded
 
 
 def _any(options: dict[str, Any], sets: Sequence[str]) -> bool:
     return bool(sets) or any(value is not None for value in options.values())
 
 
-def _seeds(text: str | None) -> tuple[list[Problem], int | None]:
+def _whole(option: str, text: str | None, least: int, most: int) -> tuple[list[Problem], int | None]:
+    """An option that is a whole number, or None."""
     if text is None:
         return [], None
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= 1000:
+    if text.isascii() and text.isdigit() and least <= int(text) <= most:
         return [], int(text)
-    return [Problem("--seeds", f"got '{text}', expected a whole number of at least 1 and at most 1000.")], None
+    return [Problem(option, f"got '{text}', expected a whole number of at least {least} and at most {most}.")], None
 
 
 def _out_problems(out: str | None, resume: bool) -> list[Problem]:

@@ -61,6 +61,21 @@ class Engine:
         """Scales the loss for fp16; passes everything through otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether work is only queued by a call, so that reading a value back would make the host wait, and then the device."""
+        return self.device.type == "cuda"
+
+    def seed(self, seed: int) -> None:
+        """Seed what a module here draws from, as ``torch.manual_seed`` does, which first looks at every backend that there could be: that
+        takes 80 microseconds, and this 1."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            at = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch.cuda.default_generators[at].manual_seed(seed)
+        elif self.device.type != "cpu":
+            torch.manual_seed(seed)
+
     def label(self) -> str:
         return f"{self.precision} {self.layout}"
 

@@ -24,7 +24,7 @@ from limbeck.randomness import seed_for
 from limbeck.recipe import Train
 from limbeck.run import Log
 from limbeck.teacher import Teacher
-from limbeck.types import Batch, Outputs, Signal
+from limbeck.types import Batch, Outputs
 
 __all__ = ["Feed", "Recorder", "Trained", "decay_groups", "fit", "learning_rate"]
 
@@ -96,6 +96,7 @@ def fit(
     scaler = engine.scaler()
     average = Average(module, settings.ema) if settings.ema is not None else None
     state = _State(module, objective, optimizer, scaler, average)
+    watch = _Watch(optimizer, scaler, engine, [module, objective], recorder.role)
     epochs = math.ceil(plan.total_steps / feed.round)
     done = Trained(0, 0.0, epochs - 1)
 
@@ -113,6 +114,7 @@ def fit(
     rate = _Rate()
 
     def commit() -> None:
+        watch.look()
         recorder.log.write({"role": recorder.role, "step": done.steps, "checkpoint": True})
         checkpoint.save(recorder.checkpoints, done.steps, {**state.capture(done), "log_offset": recorder.log.offset})
         recorder.committed()
@@ -126,33 +128,32 @@ def fit(
             lr = learning_rate(settings, request.step, plan.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            counts = objective.counts(whole)
+            selection = objective.select(whole)
             batch = engine.send(whole)
-            optimizer.zero_grad(set_to_none=True)
-            loss = torch.zeros((), device=engine.device)
-            terms: dict[str, Tensor] = {}
+            for parameter in parameters:
+                parameter.grad = None
+            seen: list[_Seen] = []
             for micro, (start, stop) in enumerate(cuts(len(batch), settings.accumulate)):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
                 signal = teacher(part, objective.teacher_needs) if teacher is not None else None
                 # After the teacher: whether it is asked, and what it draws, must not move the student's dropout.
-                torch.manual_seed(seed_for(seed, "dropout", request.step, micro, 0))
+                engine.seed(seed_for(seed, "dropout", request.step, micro, 0))
                 with engine.autocast():
                     outputs = Outputs(student(part.student), capture.features)
-                share, values = objective(outputs, signal, part, progress=progress, counts=counts)
+                rows = selection.rows(start, stop, engine.device)
+                share, values = objective(outputs, signal, part, progress=progress, counts=selection.counts, rows=rows)
                 scaler.scale(share).backward()
-                loss = loss + share.detach()
-                terms = {name: terms[name] + value if terms else value for name, value in values.items()}
-                _refuse_nan(share, values, outputs, signal, part, request.step, recorder.role)
+                seen.append(_Seen(share.detach(), values, outputs.logits, signal.logits if signal is not None else None, part))
+            loss, terms = _summed(seen)
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if not scaler.is_enabled() and not math.isfinite(float(norm)):
-                raise NonFinite(_bad_gradient(module, objective, batch, request.step, recorder.role))
-            if settings.clip_norm is not None:
+            norms = _norms(parameters, engine.device)
+            norm = torch.linalg.vector_norm(norms)
+            watch.judge(_Facts(request.step, whole, seen, norms), loss, norm)
+            # On a device that works behind, the norm is not known here; where it is, a gradient far below the limit would be multiplied by 1.
+            if settings.clip_norm is not None and (engine.asynchronous or float(norm) > 0.999 * settings.clip_norm):
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
-            scaler.step(optimizer)
+            optimizer.step()
             scaler.update()
-            if scaler.is_enabled() and scaler.get_scale() < 1:
-                raise NonFinite(_bad_gradient(module, objective, batch, request.step, recorder.role))
             if average is not None:
                 average.update(done.steps)
             done.steps = request.step + 1
@@ -161,6 +162,7 @@ def fit(
 
             epoch, epoch_ends = request.step // feed.round, done.steps % feed.round == 0 or done.steps == plan.total_steps
             if done.steps % settings.log_every == 0 or epoch_ends:
+                watch.look()
                 shown = {name: float(value) for name, value in terms.items()}
                 recorder.log.write(
                     {
@@ -387,33 +389,123 @@ def _fork(engine: Engine) -> Iterator[None]:
         yield
 
 
-def _refuse_nan(loss: Tensor, terms: dict[str, Tensor], outputs: Outputs, signal: Signal | None, part: Batch, step: int, role: str) -> None:
-    if math.isfinite(float(loss.detach())):
-        return
-    named = [name for name, value in terms.items() if not math.isfinite(float(value))] or ["the weighted sum"]
-    where, rows = "the loss", part.mask.new_ones(len(part))
-    tensors = {"the teacher's logits": None if signal is None else signal.logits, "the student's logits": outputs.logits}
-    inputs = {f"the input {name!r}": value for name, value in part.student.items() if value.is_floating_point()}
-    for what, tensor in {**inputs, **tensors}.items():
+def _summed(seen: list[_Seen]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the terms of a step, from those of its microbatches."""
+    loss, terms = seen[0].loss, seen[0].terms
+    for other in seen[1:]:
+        loss = loss + other.loss
+        terms = {name: value + other.terms[name] for name, value in terms.items()}
+    return loss, terms
+
+
+def _norms(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+    """``(P,)``: the norm of each parameter's gradient, 0 where it has none."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = torch._foreach_norm(gradients) if gradients else ()
+    if len(found) == len(parameters):
+        return torch.stack(found)
+    each, nothing = iter(found), torch.zeros((), device=device)
+    return torch.stack([next(each) if p.grad is not None else nothing for p in parameters])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a message about one microbatch is made from."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    student: Tensor
+    teacher: Tensor | None
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a message about one step is made from. norms: of every parameter's gradient, in the optimiser's order."""
+
+    step: int
+    batch: Batch
+    seen: list[_Seen]
+    norms: Tensor
+
+
+class _Watch:
+    """Stops a fit at the step whose loss or gradient is not finite, before the weights are touched.
+
+    On a CPU it is looked at at once. On CUDA a look makes the host wait for the device, and then the device for the host. So the optimiser is told
+    there by a tensor (``found_inf``, torch's own way, made for its gradient scaler) and leaves the weights alone where that says so. The
+    host looks one step later, when the answer has long arrived, or before anything is logged, validated or saved; what its message is made
+    from is kept until then.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, engine: Engine, modules: list[nn.Module], role: str
+    ) -> None:
+        self._optimizer: Any = optimizer
+        self._scaler, self._engine, self._role = scaler, engine, role
+        names = {id(p): name for module in modules for name, p in module.named_parameters()}
+        self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        self._kept: tuple[_Facts, Tensor, torch.cuda.Event | None] | None = None
+
+    def judge(self, facts: _Facts, loss: Tensor, norm: Tensor) -> None:
+        """Called when the gradient of a step is there and its weights are not touched yet.
+
+        Raises: NonFinite for this step, or for the one before.
+        """
+        self.look()
+        if not (self._engine.asynchronous or self._scaler.is_enabled()):
+            if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
+                raise NonFinite(self._message(facts))
+            return
+        skipped = ~(loss.isfinite() & norm.isfinite())
+        self._optimizer.found_inf = skipped.float()
+        bad = skipped
+        if self._scaler.is_enabled():  # it tries again with half the scale, for as long as there is one
+            half = self._scaler.scale(torch.ones_like(loss)) * self._scaler.get_backoff_factor()
+            bad = ~loss.isfinite() | (skipped & (half < 1))
+        told = bad.to("cpu", non_blocking=True)  # into page-locked memory, as torch does it
+        event = None
+        if bad.is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._kept = facts, told, event
+
+    def look(self) -> None:
+        """Raises: NonFinite if the last step that was judged was bad."""
+        if self._kept is None:
+            return
+        facts, told, event = self._kept
+        self._kept = None
+        if event is not None:
+            event.synchronize()
+        if bool(told):
+            raise NonFinite(self._message(facts))
+
+    def _message(self, facts: _Facts) -> str:
+        start = f"Step {facts.step + 1} of the {self._role}: "
+        end = "The weights were not touched, and the last checkpoint is kept. "
+        for seen in facts.seen:
+            if not math.isfinite(float(seen.loss)):
+                return f"{start}{_bad_loss(seen)}. {end}Lower train.lr, set train.clip_norm, or look at these samples."
+        bad = [name for name, norm in zip(self._names, facts.norms.tolist(), strict=True) if not math.isfinite(norm)]
+        named = f"{', '.join(bad[:4])}{' and more' if len(bad) > 4 else ''}" if bad else "all parameters together"
+        return (
+            f"{start}the loss is finite but the gradient of {named} is not, for {_ids(facts.batch, facts.batch.mask)}. {end}"
+            "Lower train.lr or use precision: float32."
+        )
+
+
+def _bad_loss(seen: _Seen) -> str:
+    """Which terms of a microbatch are not finite, and where the first such values stand."""
+    named = [name for name, value in seen.terms.items() if not math.isfinite(float(value))] or ["the weighted sum"]
+    where, rows = "the loss", seen.batch.mask.new_ones(len(seen.batch))
+    inputs = {f"the input {name!r}": value for name, value in seen.batch.student.items() if value.is_floating_point()}
+    for what, tensor in {**inputs, "the teacher's logits": seen.teacher, "the student's logits": seen.student}.items():
         bad = None if tensor is None else tensor.isnan().flatten(1).any(1) | (tensor == math.inf).flatten(1).any(1)
         if bad is not None and bool(bad.any()):
             where, rows = what, bad
             break
-    raise NonFinite(
-        f"Step {step + 1} of the {role}: the term {' and '.join(named)} is {float(loss.detach())}; "
-        f"{where} has NaN or infinity for {_ids(part, rows)}. "
-        "The weights were not touched, and the last checkpoint is kept. Lower train.lr, set train.clip_norm, or look at these samples."
-    )
-
-
-def _bad_gradient(module: nn.Module, objective: Objective, batch: Batch, step: int, role: str) -> str:
-    named = [*module.named_parameters(), *objective.named_parameters()]
-    bad = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
-    return (
-        f"Step {step + 1} of the {role}: the loss is finite but the gradient of {', '.join(bad[:4])}{' and more' if len(bad) > 4 else ''} "
-        f"is not, for {_ids(batch, batch.mask)}. The weights were not touched, and the last checkpoint is kept. "
-        "Lower train.lr or use precision: float32."
-    )
+    return f"the term {' and '.join(named)} is {float(seen.loss)}; {where} has NaN or infinity for {_ids(seen.batch, rows)}"
 
 
 def _ids(batch: Batch, rows: Tensor) -> str:

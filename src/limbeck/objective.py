@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,37 @@ from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
 
-__all__ = ["Objective", "check_terms", "needs_of", "value_at"]
+__all__ = ["Objective", "Selection", "check_terms", "needs_of", "value_at"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of captured features by module path, batch first."""
+
+Rows = Mapping[str, tuple[Tensor, ...] | None]
+"""By term, where its items stand in a microbatch: the indices in each dimension, or None where everything counts."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which items of a step each term counts.
+
+    It is found on the CPU, before the step is cut and sent: on the device, the number of chosen rows would have to be read back.
+    chosen: bool, (B,) by sample or (B, T) by token. counts: how many of them.
+    """
+
+    chosen: Mapping[str, Tensor]
+    counts: Mapping[str, int]
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Rows:
+        """Of the microbatch ``start .. stop - 1``, on its device."""
+        return {
+            name: None if self.counts[name] == chosen.numel() else _rows(chosen[start:stop], device) for name, chosen in self.chosen.items()
+        }
+
+
+def _rows(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...] | None:
+    if bool(chosen.all()):
+        return None
+    return tuple(at.to(device, non_blocking=True) for at in chosen.nonzero(as_tuple=True))
 
 
 def value_at(value: float | Schedule, progress: float) -> float:
@@ -141,32 +169,53 @@ class Objective(nn.Module):
         """Each term's weight at ``progress``, for the log."""
         return {t.name: value_at(t.term.weight, progress) for t in self._each}
 
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def select(self, batch: Batch) -> Selection:
         """The items of each term in a batch: valid samples, labelled samples, or valid tokens of valid samples.
 
-        Called on the whole step, before it is cut or moved to a device; with several ranks, sum what each rank counts.
+        Called on the whole step, before it is cut or moved to a device; with several ranks, the counts are summed over them.
         """
-        return {t.name: int(t.selection(batch).sum()) for t in self._each}
+        kinds: dict[tuple[bool, bool], tuple[Tensor, int]] = {}  # most terms count the same items
+        for t in self._each:
+            if t.counted not in kinds:
+                found = t.selection(batch)
+                kinds[t.counted] = found, int(np.count_nonzero(found.numpy(force=True)))
+        return Selection({t.name: kinds[t.counted][0] for t in self._each}, {t.name: kinds[t.counted][1] for t in self._each})
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many items each term has in a batch."""
+        return dict(self.select(batch).counts)
 
     def forward(
-        self, student: Outputs, teacher: Signal | None, batch: Batch, *, progress: float, counts: Mapping[str, int]
+        self,
+        student: Outputs,
+        teacher: Signal | None,
+        batch: Batch,
+        *,
+        progress: float,
+        counts: Mapping[str, int],
+        rows: Rows | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The part that one microbatch has in the loss of its step, and each term's unweighted, detached part for the log.
 
         Returns ``sum over terms of weight(progress) * sum of values / counts[term]``; a term without items is a differentiable 0. The sums
-        over a step's microbatches are the step's loss and each term's mean over its items. counts: of the whole step (:meth:`counts`).
+        over a step's microbatches are the step's loss and each term's mean over its items. counts: of the whole step. rows: of this
+        microbatch, where :meth:`select` has found them; else they are found here, from the batch.
         Runs outside autocast, so that every loss is computed in at least float32.
         """
         parts: dict[str, Tensor] = {}
-        total = raised(student.logits[:0]).sum()
-        with torch.autocast(student.logits.device.type, enabled=False):
-            for term in self._each:
-                weight = value_at(term.term.weight, progress)
-                values = term(student, teacher, batch, progress)
-                mean = values.sum() / max(counts[term.name], 1)
+        weights = [value_at(t.term.weight, progress) for t in self._each]
+        # Where no term reads the logits, the head has a gradient of zero all the same, and not none: weight decay goes on.
+        read = any(weight and "student.logits" in t.entry.reads for weight, t in zip(weights, self._each, strict=True))
+        total = None if read else raised(student.logits[:0]).sum()
+        within = torch.is_autocast_enabled(student.logits.device.type)
+        with torch.autocast(student.logits.device.type, enabled=False) if within else nullcontext():
+            for weight, term in zip(weights, self._each, strict=True):
+                chosen = _rows(term.selection(batch), student.logits.device) if rows is None else rows[term.name]
+                mean = term.of(student, teacher, batch, progress, chosen).sum() / max(counts[term.name], 1)
                 parts[term.name] = mean.detach()
                 if weight:  # at weight 0 an infinite value must not become NaN
-                    total = total + weight * mean
+                    total = weight * mean if total is None else total + weight * mean
+        assert total is not None
         return total, parts
 
 
@@ -198,6 +247,11 @@ class _Term(nn.Module):
     def per_item(self) -> bool:
         return self.entry.per_item and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
 
+    @property
+    def counted(self) -> tuple[bool, bool]:
+        """What decides about its items: whether only the labelled ones count, and whether they are tokens."""
+        return "labels" in self.entry.reads, self.tokens
+
     def selection(self, batch: Batch) -> Tensor:
         """(B,) bool: the samples that count; (B, T) where the items are tokens."""
         samples = batch.labelled if "labels" in self.entry.reads else batch.mask
@@ -205,19 +259,19 @@ class _Term(nn.Module):
             return samples[:, None] & batch.student["attention_mask"].bool()
         return samples
 
-    def forward(self, student: Outputs, teacher: Signal | None, batch: Batch, progress: float) -> Tensor:
+    def of(self, student: Outputs, teacher: Signal | None, batch: Batch, progress: float, rows: tuple[Tensor, ...] | None) -> Tensor:
         """(N,) values of the selected items."""
-        chosen = self.selection(batch)
+        by_token = self.tokens and "attention_mask" in batch.student
+        items = batch.student["attention_mask"].shape if by_token else batch.mask.shape
         tensors = [self._tensor(what, student, teacher, batch) for what in self.entry.reads]
         for what, x in zip(self.entry.reads, tensors, strict=True):
-            if x.shape[: chosen.ndim] != chosen.shape:
-                raise UsageError(_misfit(self.name, what, self.layers, x, chosen))
+            if x.shape[: len(items)] != items:
+                raise UsageError(_misfit(self.name, what, self.layers, x, items))
         if "teacher.logits" in self.entry.reads and tensors[0].shape != tensors[1].shape:
             raise UsageError(Problem(self.name, f"the student has {tensors[0].shape[-1]} classes and the teacher {tensors[1].shape[-1]}."))
-        if not bool(chosen.all()):
-            rows = chosen.nonzero(as_tuple=True)
+        if rows is not None:
             tensors = [x[rows] for x in tensors]
-        elif chosen.ndim == 2:
+        elif by_token:
             tensors = [x.flatten(0, 1) for x in tensors]
         if not len(tensors[0]):
             return raised(tensors[0]).flatten(1).sum(1)
@@ -241,13 +295,13 @@ def _layers(entry: LossEntry, term: Term) -> dict[str, str]:
     return {p.layer.side: values[p.name] for p in entry.parameters.values() if p.layer is not None}
 
 
-def _misfit(name: str, what: str, layers: Mapping[str, str], x: Tensor, chosen: Tensor) -> Problem:
+def _misfit(name: str, what: str, layers: Mapping[str, str], x: Tensor, wanted: tuple[int, ...]) -> Problem:
     side = what.split(".")[0]
     where = f"layer '{layers[side]}' of the {side}" if side in layers and what.endswith("features") else what
-    items = "tokens of the student's own tokenizer" if chosen.ndim == 2 else "samples"
-    message = f"{where} gives {tuple(x.shape)} where one row for each of {tuple(chosen.shape)} {items} is needed."
+    items = "tokens of the student's own tokenizer" if len(wanted) == 2 else "samples"
+    message = f"{where} gives {tuple(x.shape)} where one row for each of {tuple(wanted)} {items} is needed."
     return Problem(
-        name, message, "Choose a layer that gives (B, T, D) on the same tokens, or one that gives (B, D)." if chosen.ndim == 2 else ""
+        name, message, "Choose a layer that gives (B, T, D) on the same tokens, or one that gives (B, D)." if len(wanted) == 2 else ""
     )
 
 

@@ -60,6 +60,19 @@ class Progress:
             self._last_plain = now
             self.say(line)
 
+    def asked(self, who: str, done: int, rows: int, rate: float) -> None:
+        """How far a teacher's pass is."""
+        now = time.monotonic()
+        if self.quiet or (self._live is None and now - self._last_plain < PLAIN_SECONDS):
+            return
+        left = (rows - done) / rate if rate else 0.0
+        line = f"asking {who}  {done:,}/{rows:,}  {rate:,.0f} items/s  {_duration(left)} left  {resident_bytes() / 2**20:,.0f} MiB"
+        if self._live is not None:
+            self._live.update(Text(line))
+        else:
+            self._last_plain = now
+            self.say(line)
+
     def epoch(self, role: str, *, epoch: int, epochs: int, valid: dict[str, float] | None, seconds: float) -> None:
         shown = "" if valid is None else "  validation " + "  ".join(f"{k} {v:.4f}" for k, v in valid.items())
         self.say(f"{role:8}  epoch {epoch + 1}/{epochs} done{shown}  {_duration(seconds)}")

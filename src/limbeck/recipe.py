@@ -205,11 +205,25 @@ class Train(Section):
 
 
 class TeacherCache(Section):
-    """How a teacher's outputs are kept."""
+    """How a teacher's answers are kept, so that it is asked once for every sample and view."""
 
-    mode: Literal["auto", "off"] = "auto"
-    views: Count | Literal["live"] = "live"
-    """view = epoch mod views."""
+    mode: Literal["auto", "off", "require"] = "auto"
+    """auto: keep answers where one is used more than once (always where a path is named), and ask for what is missing; require: only read;
+    off: ask in every step."""
+    path: Text | None = None
+    """A folder for the caches of any number of teachers; null: LIMBECK_CACHE, or limbeck/teachers in the user's cache folder."""
+    views: Count | Literal["live"] = 4
+    """How many augmented versions of a sample there are: view = epoch mod views. live: a new one every epoch, and the teacher in every step."""
+    store: Literal["logits", "features", "both"] | None = None
+    """null: what the objective reads."""
+    codec: Literal["float16", "float32", "sparse"] = "float16"
+    """sparse: for many classes and the loss kd at one temperature; the most probable ones exactly and an unbiased sample of the rest."""
+    temperature: Positive | None = None
+    """sparse only; null: that of the objective's kd."""
+    top: Count = 62
+    """sparse only: classes kept exactly."""
+    samples: Annotated[int, Field(ge=0), _number] = 64
+    """sparse only: classes drawn from the rest."""
 
 
 class Recipe(Section):
@@ -248,6 +262,7 @@ def defaulted(plain: Mapping[str, Any]) -> Any:
     """``value(path)``: what was given, or the default."""
     defaults = {
         "train": Train().model_dump(mode="json"),
+        "teacher_cache": TeacherCache().model_dump(mode="json"),
         "data": {k: f.default for k, f in DataSpec.model_fields.items() if not f.is_required()},
         "export": [],
         "track": [],

@@ -15,24 +15,40 @@ import numpy as np
 import torch
 
 from limbeck import checkpoint
-from limbeck._choices import choose, explicit, resolved, snapshot, student_choice
+from limbeck._choices import explicit, resolved, snapshot, student_choice
 from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
 from limbeck._parts import Parts
-from limbeck._results import figures, joint_metrics, seed_metrics
+from limbeck._results import figures, joint_metrics, measures, seed_metrics
+from limbeck._teaching import (
+    VERIFIED,
+    Answers,
+    Identity,
+    Known,
+    Sources,
+    announce,
+    engine_of_teacher,
+    identify,
+    keep_answers,
+    known_of,
+    recalled,
+    wants_cache,
+)
 from limbeck.analysis import analyse
+from limbeck.cache import CachedTeacher
 from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
 from limbeck.engine import Engine, check_precision, choose_device
 from limbeck.errors import Problem, Stopped, UsageError
+from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Feed, Recorder, Trained, fit
-from limbeck.models import Model, build_model, class_map, save_model, state_hash, validate_paths
+from limbeck.models import Model, build_model, class_map, save_model, sources, state_hash, validate_paths
 from limbeck.objective import Objective, needs_of
 from limbeck.progress import Progress
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
 from limbeck.run import Log, check_trackers, commit_folder, join_logs, provenance, read_json, sweep, write_atomic, write_json
-from limbeck.teacher import LiveTeacher, Meter
+from limbeck.teacher import LiveTeacher, Meter, Teacher
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
 
@@ -44,6 +60,8 @@ class Job:
     """Everything that a run needs, however it was asked for: by recipe, by options, or from Python.
 
     build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
+    sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
+    teacher; None: some, where the teacher is loaded anyway.
     """
 
     recipe: Recipe
@@ -53,6 +71,8 @@ class Job:
     out: Path
     resume: bool = False
     seeds: int = 1
+    sources: Callable[[], Sources | None] = lambda: None
+    verify_cache: int | None = None
 
 
 def run_recipe(
@@ -65,6 +85,7 @@ def run_recipe(
     progress: str = "auto",
     dry_run: bool = False,
     command: str = "distill",
+    verify_cache: int | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; returns its metrics (``metrics.json``). base: the folder that relative paths of the recipe start from.
 
@@ -72,11 +93,19 @@ def run_recipe(
     """
     out = out or next_free(Path("runs"), _run_name(recipe, command))
     refuse_taken(out, resume)
-    return run_into(recipe, base=base, out=out, resume=resume, seeds=seeds, progress=progress, dry_run=dry_run)
+    return run_into(recipe, base=base, out=out, resume=resume, seeds=seeds, progress=progress, dry_run=dry_run, verify_cache=verify_cache)
 
 
 def run_into(
-    recipe: Recipe, *, base: Path, out: Path, resume: bool = False, seeds: int | None = None, progress: str = "auto", dry_run: bool = False
+    recipe: Recipe,
+    *,
+    base: Path,
+    out: Path,
+    resume: bool = False,
+    seeds: int | None = None,
+    progress: str = "auto",
+    dry_run: bool = False,
+    verify_cache: int | None = None,
 ) -> dict[str, Any]:
     """:func:`run_recipe` into a folder that the caller has judged."""
     recipe, seeds = absolute(recipe, base), seeds or begun_seeds(out)
@@ -85,94 +114,180 @@ def run_into(
             same_run(out, recipe, seeds)
             shown.say(f"{out} is finished; nothing is left to do.")
             return dict(read_json(out / "metrics.json"))
-        data = load_data(recipe.data, recipe.task, base)
-        spec = recipe.teacher
-        job = Job(
-            recipe=recipe,
-            data=data,
-            build_student=lambda seed: build_model(
-                recipe.student, role="student", data=data, seed=seed, base=base, max_length=recipe.data.max_length
-            ),
-            build_teacher=None
-            if spec is None
-            else lambda new_head: build_model(
-                spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=new_head, max_length=recipe.data.max_length
-            ),
-            out=out,
-            resume=resume,
-            seeds=seeds,
-        )
+        job = job_of(recipe, base, out, resume=resume, seeds=seeds, verify_cache=verify_cache)
         return execute(job, shown, dry_run=dry_run)
+
+
+def job_of(recipe: Recipe, base: Path, out: Path, *, resume: bool = False, seeds: int = 1, verify_cache: int | None = None) -> Job:
+    """The job of a recipe with absolute paths; its data is read here."""
+    data, spec = load_data(recipe.data, recipe.task, base), recipe.teacher
+    length = recipe.data.max_length
+    return Job(
+        recipe=recipe,
+        data=data,
+        build_student=lambda seed: build_model(recipe.student, role="student", data=data, seed=seed, base=base, max_length=length),
+        build_teacher=None
+        if spec is None
+        else lambda new_head: build_model(
+            spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=new_head, max_length=length
+        ),
+        out=out,
+        resume=resume,
+        seeds=seeds,
+        sources=lambda: None if spec is None else sources(spec, data=data, base=base, max_length=length),
+        verify_cache=verify_cache,
+    )
+
+
+@dataclass
+class Begun:
+    """A job of which everything that can be wrong has been looked at, and nothing been written. known: the teacher; model: where it is loaded;
+    columns: its output for each class of the data; answers: its cache, None where it is asked in every step; found: whose cache that is."""
+
+    device: torch.device
+    student: Model
+    parts: Parts
+    objective: Objective
+    notes: list[str]
+    facts: dict[str, Any]
+    known: Known | None = None
+    model: Model | None = None
+    columns: np.ndarray[Any, Any] | None = None
+    to_train: bool = False
+    answers: Answers | None = None
+    found: Identity | None = None
+    cached: tuple[bool, str] = (False, "there is no teacher")
+
+
+def begin(job: Job, *, label: bool = False) -> Begun:
+    """Build and check; everything that can be wrong is found here, before the first file is written.
+
+    label: the teacher's answers are to be kept, whatever they are for.
+    """
+    recipe, data = job.recipe, job.data
+    device = choose_device(recipe.train.device)
+    check_precision(recipe.train.precision, device)
+    student = job.build_student(recipe.seed)
+    parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=_has_batch_statistics(student))
+    begun = Begun(device, student, parts, None, [], {})  # type: ignore[arg-type]
+    told: Sources | None = None
+    if job.build_teacher is not None and recipe.teacher is not None:
+        begun.cached = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, job.seeds)
+        begun.answers = Answers(recipe, parts) if begun.cached[0] else None
+        training = recipe.teacher.train
+        if begun.answers is not None and (training is None or training.if_needed):
+            told = job.sources()
+            if told is not None and job.verify_cache is None:
+                begun.known = recalled(begun.answers, told, data)
+        if begun.known is not None:
+            begun.columns = class_map(begun.known, data)
+        else:
+            begun.model, begun.columns, begun.to_train = _teacher(job, job.build_teacher)
+            begun.known = known_of(begun.model)
+        parts.teacher = begun.known.preprocessing
+    _check_models(recipe, student, begun.model)
+    parts.probe(student, begun.model)
+    if begun.model is not None and begun.answers is not None and not begun.to_train:
+        keep(begun, told)
+    begun.objective = parts.objective(recipe.seed)
+    known = begun.known
+    begun.notes = [
+        *check_trackers(recipe.track),
+        *data.notes,
+        *student.notes,
+        *(known.notes if known is not None else []),
+        *_warnings(student, known, begun.to_train),
+        *begun.notes,
+    ]
+    begun.facts = {
+        "data": data.fingerprint,
+        "teacher": None if known is None else known.weights_sha256,
+        "student": student.weights_sha256,
+        "seeds": job.seeds,
+    }
+    return begun
+
+
+def keep(begun: Begun, told: Sources | None) -> None:
+    """Find the directories of a loaded teacher's answers, or fall back to asking it in every step where the disk would not hold them."""
+    assert begun.answers is not None
+    assert begun.model is not None
+    cache = begun.answers.recipe.teacher_cache
+    begun.found = identify(begun.answers, begun.model, told)
+    begun.known = known_of(begun.model)
+    begun.parts.teacher = begun.model.preprocessing
+    fall_back = cache.path is None and cache.mode == "auto"
+    notes, kept = announce(begun.answers, begun.found, may_fall_back=fall_back)
+    begun.notes += notes
+    if not kept:
+        begun.answers, begun.found, begun.cached = None, None, (False, notes[0])
 
 
 def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
     """The spine. Everything that can be wrong is found before the first file is written."""
-    recipe, data, began = job.recipe, job.data, time.perf_counter()
-    device = choose_device(recipe.train.device)
-    check_precision(recipe.train.precision, device)
-    teacher, columns, to_train = _teacher(job)
-    student = job.build_student(recipe.seed)
-    _check_models(recipe, student, teacher)
-    parts = Parts(
-        recipe,
-        data,
-        student.preprocessing,
-        None if teacher is None else teacher.preprocessing,
-        batch_statistics=_has_batch_statistics(student),
-    )
-    parts.probe(student, teacher)
-    objective = parts.objective(recipe.seed)
-    notes = [
-        *check_trackers(recipe.track),
-        *data.notes,
-        *student.notes,
-        *(teacher.notes if teacher is not None else []),
-        *_warnings(recipe, student, teacher, to_train),
-    ]
-    facts = {
-        "data": data.fingerprint,
-        "teacher": None if teacher is None else teacher.weights_sha256,
-        "student": student.weights_sha256,
-        "seeds": job.seeds,
-    }
-    recorded = matches(job.out, recipe, facts)
-    for note in [*notes, _summary(data, student, teacher)]:
+    recipe, data, started = job.recipe, job.data, time.perf_counter()
+    begun = begin(job)
+    recorded = matches(job.out, recipe, begun.facts)
+    for note in [*begun.notes, _summary(data, begun)]:
         progress.say(note)
     if dry_run:
-        return _dry_run(job, student, teacher, parts, progress)
+        return _dry_run(job, begun, progress)
 
     stop = Stop()
     resumed: dict[str, list[int]] = {}
-    meter = None if teacher is None else Meter(teacher.module)
+    meter = None if begun.model is None else Meter(begun.model.module)
     make(job.out)
-    cost = _Cost(job.out / "checkpoints" / "cost.json", meter, began)
+    cost = _Cost(job.out / "checkpoints" / "cost.json", meter, started)
     sweep(job.out)
     with stop.listening():
         if recorded is None:
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
-            write_json(job.out / "environment.json", {"facts": facts})
-        if teacher is not None and to_train:
-            teacher, resumed["teacher"] = _train_teacher(job, teacher, device, progress, stop, cost)
-            columns = None
+            write_json(job.out / "environment.json", {"facts": begun.facts})
+        if begun.model is not None and begun.to_train:
+            begun.model, resumed["teacher"] = _train_teacher(job, begun.model, begun.device, progress, stop, cost)
+            begun.columns = None
+            if begun.answers is not None:
+                before = len(begun.notes)
+                keep(begun, None)
+                for note in begun.notes[before:]:
+                    progress.say(note)
         environment = recorded[1] if recorded is not None else {}
-        if recorded is None or "choices" not in environment:
-            batch = parts.first_batch(recipe, with_teacher=teacher is not None)
-            engines, choices = choose(recipe, student, teacher, columns, objective, batch, device, meter)
-            workers, why = choose_workers(recipe.train.workers, data.train, parts.augment)
-            choices["workers"] = {"value": workers, "reason": why}
-            choices["pin_memory"] = {"value": device.type == "cuda", "reason": f"the device is {device.type}"}
+        known = "choices" in environment
+        teacher, choices = _teacher_at_work(job, begun, meter, progress, stop, recorded[0] if recorded is not None and known else recipe)
+        cost.cached = teacher if isinstance(teacher, CachedTeacher) else None
+        shared = _Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed)
+        if begun.answers is not None:
+            shared.teacher_logits, shared.teacher_figures = _teacher_on_record(begun, shared, meter)
+        if recorded is None or not known:
+            batch = begun.parts.first_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
+            signal = None
+            if teacher is not None and recipe.train.precision == "auto":
+                signal = teacher(Engine(begun.device).send(batch), begun.objective.teacher_needs)
+            engines = {"teacher": choices[0]} if choices is not None else {}
+            engines["student"], why = student_choice(begun.student, signal, begun.objective, batch, begun.device, recipe.train, recipe.seed)
+            workers, reason = choose_workers(recipe.train.workers, data.train, begun.parts.augment)
             recipe = resolved(recipe, engines, workers)
-            environment = {**provenance(), **_where(engines, device), "choices": choices, "facts": facts}
+            device = begun.device.type
+            record = {
+                **(
+                    {}
+                    if choices is None
+                    else {"teacher": choices[1], "teacher_cache": dict(zip(("kept", "reason"), begun.cached, strict=True))}
+                ),
+                "student": why,
+                "workers": {"value": workers, "reason": reason},
+                "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
+            }
+            environment = {**provenance(), **_where(engines, begun.device), "choices": record, "facts": begun.facts}
             # The recipe first: choices that stand in the environment are taken from the recipe on resume.
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
             write_json(job.out / "environment.json", environment)
         else:
             recipe = recorded[0]
-            engines = explicit(recipe, device)
-        parts.recipe = recipe
-        asked = None if teacher is None else LiveTeacher(teacher, engines["teacher"], columns, meter)
-        shared = _Shared(parts, engines["student"], asked, notes, environment, progress, stop, cost, resumed)
-        result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, student, shared)
+            engines = explicit(recipe, begun.device)
+        begun.parts.recipe = recipe
+        shared.engine, shared.environment = engines["student"], environment
+        result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, begun.student, shared)
     if meter is not None:
         meter.close()
     progress.say(result["verdict"])
@@ -180,12 +295,70 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     return result
 
 
+def _teacher_at_work(
+    job: Job, begun: Begun, meter: Meter | None, progress: Progress, stop: Stop, recipe: Recipe
+) -> tuple[Teacher | None, tuple[Engine, dict[str, Any]] | None]:
+    """The teacher of the loop, and how it runs (or ran, when it was asked) and why. Fills what its cache lacks."""
+    if begun.known is None:
+        return None, None
+    device, model, answers = begun.device, begun.model, begun.answers
+
+    def choice() -> tuple[Engine, dict[str, Any]]:
+        assert model is not None
+        batch = begun.parts.first_batch(recipe, with_teacher=True, ask=True)
+        return engine_of_teacher(recipe, model, batch, device)
+
+    if answers is None:
+        assert model is not None
+        engine, why = choice()
+        return LiveTeacher(model, engine, begun.columns, meter), (engine, why)
+    if model is not None and begun.found is not None and meter is not None:
+        verify = VERIFIED if job.verify_cache is None else job.verify_cache
+        why = keep_answers(
+            answers,
+            begun.found,
+            model,
+            device,
+            meter,
+            progress,
+            lambda: stop.between("the next part of the teacher's answers"),
+            verify=verify,
+            chosen=choice,
+        )
+    else:
+        why = {"measured": [], "reason": "as its answers were given"}
+    teacher = answers.teacher(begun.columns, device)
+    made = teacher.reader.manifest.made
+    return teacher, (Engine(device, made["precision"], made["layout"]), why)
+
+
+def _teacher_on_record(begun: Begun, shared: _Shared, meter: Meter | None) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """The teacher's logits and figures on the test split, from its cache; a teacher that is loaded is measured, and then let go."""
+    assert begun.answers is not None
+    logits, model = begun.answers.test_logits(begun.columns), begun.model
+    found = metrics(logits, begun.parts.data.test.labels)
+    if model is None:
+        return logits, {"metrics": found, **begun.answers.figures()}
+    shared.stop.between("the teacher is measured")
+    shared.exact.place(model.module)
+    measured = measures(model, begun.parts.samples(model.preprocessing), shared.exact)
+    begun.answers.keep_figures(measured)
+    if meter is not None:
+        meter.close()
+    begun.model = None
+    return logits, {"metrics": found, **measured}
+
+
+_NOTHING: dict[str, Any] = {"teacher_items": 0, "teacher_seconds": 0.0, "cache_hits": 0, "total_seconds": 0.0}
+
+
 class _Cost:
     """What the run has cost so far, over all its processes: kept beside the checkpoints, so that a resume goes on counting."""
 
     def __init__(self, path: Path, meter: Meter | None, began: float) -> None:
         self.path, self.meter, self.began = path, meter, began
-        self.before = read_json(path) if path.is_file() else {"teacher_items": 0, "teacher_seconds": 0.0, "total_seconds": 0.0}
+        self.cached: CachedTeacher | None = None
+        self.before = {**_NOTHING, **(read_json(path) if path.is_file() else {})}
 
     def so_far(self) -> dict[str, Any]:
         items, seconds = (0, 0.0) if self.meter is None else (self.meter.items, self.meter.seconds)
@@ -193,6 +366,7 @@ class _Cost:
         return {
             "teacher_items": self.before["teacher_items"] + items,
             "teacher_seconds": None if seconds is None or earlier is None else earlier + seconds,
+            "cache_hits": self.before["cache_hits"] + (0 if self.cached is None else self.cached.hits),
             "total_seconds": self.before["total_seconds"] + time.perf_counter() - self.began,
         }
 
@@ -210,7 +384,7 @@ class _Shared:
 
     parts: Parts
     engine: Engine
-    teacher: LiveTeacher | None
+    teacher: Teacher | None
     notes: list[str]
     environment: dict[str, Any]
     progress: Progress
@@ -235,13 +409,13 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
     log = Log(folder)
     try:
         log.track(list(recipe.track), folder, recipe.model_dump(mode="json"))
-        begun = shared.cost.so_far() if folder != job.out else {"teacher_items": 0, "teacher_seconds": 0.0, "total_seconds": 0.0}
+        begun = shared.cost.so_far() if folder != job.out else _NOTHING
         trained: dict[str, tuple[Trained, State]] = {}
         # The baseline is a module of its own from the same initial weights: what a state_dict does not hold cannot leak into it.
         baseline = replace(student, module=copy.deepcopy(student.module)) if teacher is not None and recipe.baseline else None
         stop.between("the training of the student")
         trained["student"] = _train_role("student", folder, recipe, student, parts.objective(recipe.seed), teacher, shared, log)
-        if teacher is not None:
+        if isinstance(teacher, LiveTeacher):
             teacher.check_untouched()
         if baseline is not None:
             stop.between("the training of the baseline")
@@ -303,14 +477,15 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
 
 
 def _train_role(
-    role: str, folder: Path, recipe: Recipe, student: Model, objective: Objective, teacher: LiveTeacher | None, shared: _Shared, log: Log
+    role: str, folder: Path, recipe: Recipe, student: Model, objective: Objective, teacher: Teacher | None, shared: _Shared, log: Log
 ) -> tuple[Trained, State]:
     """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``."""
     parts, choices = shared.parts, shared.environment["choices"]
-    make_feed = parts.baseline_feed if role == "baseline" else parts.feed
-    feed = make_feed(
-        recipe, with_teacher=teacher is not None, workers=choices["workers"]["value"], pin_memory=choices["pin_memory"]["value"]
-    )
+    how = {"workers": choices["workers"]["value"], "pin_memory": choices["pin_memory"]["value"]}
+    if role == "baseline":
+        feed = parts.baseline_feed(recipe, **how)
+    else:
+        feed = parts.feed(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher), **how)
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep)
     return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes)
@@ -319,7 +494,7 @@ def _train_role(
 def _fit_once(
     final: Path,
     student: Model,
-    teacher: LiveTeacher | None,
+    teacher: Teacher | None,
     objective: Objective,
     feed: Feed,
     engine: Engine,
@@ -343,20 +518,18 @@ def _fit_once(
     return trained, state
 
 
-def _teacher(job: Job) -> tuple[Model | None, np.ndarray[Any, Any] | None, bool]:
+def _teacher(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
     """The teacher, its output for each class of the data, and whether it has to be trained first."""
     spec = job.recipe.teacher
-    if job.build_teacher is None:
-        return None, None, False
     training = spec.train if spec is not None else None
     if training is None or training.if_needed:
         try:
-            teacher = job.build_teacher(False)
+            teacher = build(False)
             return teacher, class_map(teacher, job.data), False
         except UsageError:
             if training is None:
                 raise
-    return job.build_teacher(True), None, True
+    return build(True), None, True
 
 
 def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Progress, stop: Stop, cost: _Cost) -> tuple[Model, list[int]]:
@@ -395,8 +568,8 @@ def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Pro
 def _evaluate_teacher(shared: _Shared) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
     """The teacher on the test split, in full precision, once for all seeds; then it goes back to how it teaches."""
     teacher, parts = shared.teacher, shared.parts
-    assert teacher is not None
     if shared.teacher_logits is None:
+        assert isinstance(teacher, LiveTeacher)
         with teacher.placed(shared.exact):
             start = time.perf_counter()
             logits = parts.logits(teacher.model, parts.data.test, shared.exact)
@@ -461,24 +634,29 @@ def _has_batch_statistics(model: Model) -> bool:
     return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.module.modules())
 
 
-def _summary(data: Data, student: Model, teacher: Model | None) -> str:
+def _summary(data: Data, begun: Begun) -> str:
     """One line on what is about to be trained on what."""
     labelled = int((data.train.labels >= 0).sum())
     rows = f"{len(data.train):,} training rows" + (f" ({labelled:,} labelled)" if labelled < len(data.train) else "")
     names = ", ".join(data.classes[:6]) + (", ..." if len(data.classes) > 6 else "")
-    sizes = [f"{role} {sum(p.numel() for p in m.module.parameters()):,}" for role, m in (("teacher", teacher), ("student", student)) if m]
+    sizes = [f"{role} {count:,}" for role, count in _parameters(begun).items()]
     return (
         f"{rows}, {len(data.valid):,} for validation, {len(data.test):,} for test; {len(data.classes)} classes ({names}); "
         f"parameters: {', '.join(sizes)}."
     )
 
 
-def _warnings(recipe: Recipe, student: Model, teacher: Model | None, to_train: bool) -> list[str]:
+def _parameters(begun: Begun) -> dict[str, int]:
+    student = {"student": sum(p.numel() for p in begun.student.module.parameters())}
+    return student if begun.known is None else {"teacher": begun.known.parameters, **student}
+
+
+def _warnings(student: Model, teacher: Known | None, to_train: bool) -> list[str]:
     """What a person should know before the run, and is free to do."""
     if teacher is None:
         return []
     notes = []
-    small, large = (sum(p.numel() for p in model.module.parameters()) for model in (student, teacher))
+    small, large = sum(p.numel() for p in student.module.parameters()), teacher.parameters
     if small > large:
         notes.append(f"Warning: the student has {small:,} parameters, more than the teacher's {large:,}.")
     if to_train:
@@ -503,9 +681,9 @@ def _where(engines: dict[str, Engine], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _dry_run(job: Job, student: Model, teacher: Model | None, parts: Parts, progress: Progress) -> dict[str, Any]:
+def _dry_run(job: Job, begun: Begun, progress: Progress) -> dict[str, Any]:
     """What would be done; nothing is written."""
-    feed = parts.feed(job.recipe, with_teacher=teacher is not None)
+    feed = begun.parts.feed(job.recipe, with_teacher=begun.known is not None)
     plan = {
         "dry_run": True,
         "task": job.recipe.task,
@@ -513,9 +691,7 @@ def _dry_run(job: Job, student: Model, teacher: Model | None, parts: Parts, prog
         "classes": len(job.data.classes),
         "samples": {"train": len(job.data.train), "valid": len(job.data.valid), "test": len(job.data.test)},
         "steps": feed.plan.total_steps,
-        "parameters": {
-            role: sum(p.numel() for p in model.module.parameters()) for role, model in (("teacher", teacher), ("student", student)) if model
-        },
+        "parameters": _parameters(begun),
     }
     for key, value in plan.items():
         progress.say(f"{key}: {value}")

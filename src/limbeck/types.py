@@ -21,6 +21,7 @@ __all__ = [
     "Outputs",
     "Preprocessing",
     "Signal",
+    "SparseLogits",
     "TensorPreprocessing",
     "TextPreprocessing",
 ]
@@ -82,8 +83,9 @@ class Batch:
     """One batch of samples, ready for both models.
 
     ids: ``(B, 2)`` uint64, the 128-bit hash of each sample's raw content. keys: ``(B, 2)`` uint64, the hash of all raw content that a view was
-    made of (a sample's id, with mixup its partner's too), by which a teacher's answers are kept; None means the ids. labels: ``(B,)`` int64 with -1 for unlabelled, or ``(B, C)``
-    float probabilities after mixup (rows of zeros for unlabelled). mask: ``(B,)`` bool, the valid items. ``teacher`` is the same object as
+    made of (a sample's id, with mixup its partner's too), by which a teacher's answers are kept; None means the ids. labels: ``(B,)`` int64
+    with -1 for unlabelled, or ``(B, C)`` float probabilities after mixup (rows of zeros for unlabelled). mask: ``(B,)`` bool, the valid items.
+    ``teacher`` is the same object as
     ``student`` where both want the same preparation, and None where nobody will ask the teacher.
     """
 
@@ -157,9 +159,46 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class SparseLogits:
+    """A teacher's softened probabilities for many classes by a few weighted ones: M entries a sample.
+
+    index: ``(B, M)`` int64 classes (one may occur twice). weight: ``(B, M)``, summing to 1: the exact probabilities of the most probable classes,
+    and an unbiased sample of the others. entropy: ``(B,)``, the exact one of all ``classes`` probabilities at ``temperature``, in nats.
+    """
+
+    index: Tensor
+    weight: Tensor
+    entropy: Tensor
+    classes: int
+    temperature: float
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, C)``, as dense logits would have it."""
+        return len(self.index), self.classes
+
+    def __getitem__(self, rows: Any) -> SparseLogits:
+        return replace(self, index=self.index[rows], weight=self.weight[rows], entropy=self.entropy[rows])
+
+    def to(self, device: torch.device) -> SparseLogits:
+        index, weight, entropy = (x.to(device, non_blocking=True) for x in (self.index, self.weight, self.entropy))
+        return SparseLogits(index, weight, entropy, self.classes, self.temperature)
+
+
+@dataclass(frozen=True)
 class Signal:
-    """What a teacher gives for a batch, tagged by ``kind``: dense logits and named features today."""
+    """What a teacher gives for a batch, tagged by ``kind``: dense logits, or sparse ones; and named features."""
 
     logits: Tensor | None
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    kind: Literal["dense"] = "dense"
+    kind: Literal["dense", "sparse"] = "dense"
+    sparse: SparseLogits | None = None
+
+    def to(self, device: torch.device) -> Signal:
+        logits = None if self.logits is None else self.logits.to(device, non_blocking=True)
+        sparse = None if self.sparse is None else self.sparse.to(device)
+        features = {k: v.to(device, non_blocking=True) for k, v in self.features.items()}
+        return Signal(logits, features, self.kind, sparse)

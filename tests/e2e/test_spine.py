@@ -208,10 +208,10 @@ def test_seeds_stand_beside_one_another_and_the_best_is_on_top(here: Path) -> No
     assert (here / "run" / "report.html").is_file()
     run("distill", recipe(here, **learned), "--seed", "5", out=here / "single")
     assert weights(here / "single" / "student") == weights(here / "run" / "seed-5" / "student")
-    # the teacher is evaluated and timed with the first seed; the second only learns from it: 48 rows x 2 epochs
-    assert children[5]["cost"]["teacher_items"] == 96
-    assert children[4]["cost"]["teacher_items"] > 96 + 18
-    assert joint["cost"]["teacher_items"] == children[4]["cost"]["teacher_items"] + 96
+    # the teacher is asked once for both seeds, before they begin: for 48 training and 18 test rows; each seed reads 48 rows x 2 epochs
+    assert [children[seed]["cost"]["teacher_items"] for seed in (4, 5)] == [0, 0]
+    assert [children[seed]["cost"]["cache_hits"] for seed in (4, 5)] == [96, 96]
+    assert joint["cost"]["cache_hits"] == 2 * 96
 
 
 def test_several_seeds_from_python_hand_back_the_best_student(here: Path) -> None:
@@ -268,8 +268,8 @@ def test_a_run_leaves_what_the_contract_says(here: Path) -> None:
     cost = metrics["cost"]
     keys = {"teacher_seconds", "teacher_items", "cache_hits", "train_seconds", "baseline_seconds", "total_seconds", "peak_rss_bytes"}
     assert keys <= set(cost)
-    assert cost["teacher_items"] >= 48 * 2 + 18
-    assert cost["cache_hits"] == 0
+    assert cost["teacher_items"] >= 48 + 18
+    assert cost["cache_hits"] == 48 * 2
     assert cost["total_seconds"] >= cost["train_seconds"] + cost["baseline_seconds"] > 0
     teacher, baseline, student = (metrics["models"][r]["metrics"]["accuracy"] for r in ("teacher", "baseline", "student"))
     gap = None if teacher <= baseline else pytest.approx((student - baseline) / (teacher - baseline))

@@ -7,6 +7,7 @@ builder makes the batch, each model's inputs from the same view; a stream does s
 from __future__ import annotations
 
 from limbeck.data.batches import BatchBuilder, Plan, Request, evaluation_requests
+from limbeck.data.keys import view_keys
 from limbeck.data.load import FORMS, load_data
 from limbeck.data.loader import choose_workers, stream
 from limbeck.data.python import data_from_python
@@ -34,4 +35,5 @@ __all__ = [
     "text_of",
     "thumbnail",
     "token_lengths",
+    "view_keys",
 ]

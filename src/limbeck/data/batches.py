@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limbeck.data.decode import resize
-from limbeck.data.ids import Ids, pair_ids
+from limbeck.data.ids import pair_ids
 from limbeck.data.sources import Raw
 from limbeck.data.splits import Split
 from limbeck.data.text import Tokens, tokens_of
@@ -202,12 +202,6 @@ class BatchBuilder:
             teacher = student if self._shared else prepare("teacher", self._teacher)
         keys = self._ids[rows] if other is None else pair_ids(self._ids[rows], self._ids[other])
         return Batch(self._ids[rows], request.view, student, teacher, labels, torch.ones(len(rows), dtype=torch.bool), keys)
-
-    def keys(self, rows: Int64, view: int) -> Ids:
-        """``(B, 2)`` uint64: :attr:`Batch.keys` of these rows, without reading a sample."""
-        if self._partners is None:
-            return self._ids[rows]
-        return pair_ids(self._ids[rows], self._ids[self._partners.of(rows, view)])
 
     def _view(self, rows: Int64, view: int) -> tuple[Raw | None, tuple[int, int] | None]:
         """Raw samples as this view shows them, and the (height, width) that they all had before."""

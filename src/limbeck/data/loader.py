@@ -1,4 +1,4 @@
-"""Batches ahead of time: a background thread, or worker processes; the same bytes in either case."""
+"""Batches where they are used, by a background thread, or by worker processes; the same bytes in every case."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Literal
@@ -28,21 +30,44 @@ __all__ = ["choose_workers", "stream"]
 Build = Callable[[Request], Batch]
 
 _AHEAD = 3  # batches that the background thread may be ahead
+_QUICK = 200e-6  # seconds: waking a thread and taking turns with it cost about 100 microseconds a batch
+_TRIED = 3  # batches: the first ones also pay for what is made once
 
 
 def stream(builder: Build, requests: Iterable[Request], *, workers: int, pin_memory: bool = False) -> Iterator[tuple[Request, Batch]]:
     """``(request, batch)`` in the order of ``requests``, prepared ahead of time.
 
-    workers 0: one background thread of this process; above 0: that many processes. Closing the generator, an exception and Ctrl-C stop
-    them. ``pin_memory`` is for transfers to a CUDA device.
+    workers 0: one background thread of this process, or none where batches are so quickly made (rows of float arrays, tokens) that the
+    thread would cost more; above 0: that many processes. Closing the generator, an exception and Ctrl-C stop them. ``pin_memory`` is for
+    transfers to a CUDA device.
     """
     if workers == 0:
-        yield from _threaded(builder, requests, pin_memory)
+        yield from _local(builder, requests, pin_memory)
     else:
         yield from _processes(builder, requests, workers, pin_memory)
 
 
-def _threaded(builder: Build, requests: Iterable[Request], pin_memory: bool) -> Iterator[tuple[Request, Batch]]:
+def _local(builder: Build, requests: Iterable[Request], pin_memory: bool) -> Iterator[tuple[Request, Batch]]:
+    def build(request: Request) -> Batch:
+        batch = builder(request)
+        return batch.pin_memory() if pin_memory else batch
+
+    left = iter(requests)
+    for request in islice(left, _TRIED):
+        began = time.perf_counter()
+        batch = build(request)
+        seconds = time.perf_counter() - began
+        yield request, batch
+        if seconds < _QUICK:
+            for following in left:
+                yield following, build(following)
+            return
+        if seconds > 10 * _QUICK:
+            break
+    yield from _threaded(build, left)
+
+
+def _threaded(build: Build, requests: Iterable[Request]) -> Iterator[tuple[Request, Batch]]:
     ready: queue.Queue[tuple[Request, Batch] | BaseException | None] = queue.Queue(maxsize=_AHEAD)
     stopped = threading.Event()
 
@@ -58,8 +83,7 @@ def _threaded(builder: Build, requests: Iterable[Request], pin_memory: bool) -> 
     def work() -> None:
         try:
             for request in requests:
-                batch = builder(request)
-                if not put((request, batch.pin_memory() if pin_memory else batch)):
+                if not put((request, build(request))):
                     return
             put(None)
         except BaseException as error:  # it is raised again where the batches are consumed

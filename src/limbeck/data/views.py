@@ -83,25 +83,41 @@ def image_views(raw: Pixels | list[Pixels], ids: Ids, view: int, augment: Augmen
 
     raw: uint8 ``(B, H, W, Ch)`` or a list of ``(H, W, Ch)``. ids: ``(B, 2)``.
     """
-    if isinstance(raw, list):
-        views = [image_views(image[None], ids[i : i + 1], view, augment, data_seed) for i, image in enumerate(raw)]
-        return [v[0] for v in views]
+    draws = _draws(ids, view, augment, data_seed)
+    images = raw if augment.resized_crop is None else _resized_crops(raw, draws["resized_crop"], augment.resized_crop)
+    if isinstance(images, list):
+        rows = [{name: drawn[i : i + 1] for name, drawn in draws.items()} for i in range(len(images))]
+        return [_changed(image[None], row, augment)[0] for image, row in zip(images, rows, strict=True)]
+    return _changed(images, draws, augment)
+
+
+def _draws(ids: Ids, view: int, augment: Augment, data_seed: int) -> dict[str, Floats]:
+    """What is drawn for each change that is asked for, ``(B, draws)``: for the whole batch at once, row i a function of ``ids[i]``."""
+    draws = {}
     if augment.resized_crop is not None:
-        cropped = [_resized_crop(image, ids[i : i + 1], view, augment.resized_crop, data_seed) for i, image in enumerate(raw)]
-        return image_views(cropped, ids, view, augment.model_copy(update={"resized_crop": None}), data_seed)
-    images = raw
+        draws["resized_crop"] = uniform(ids, 22, data_seed, "resized_crop", view)
     if augment.crop:
-        images = _crop(images, uniform(ids, 2, data_seed, "crop", view), augment.crop)
+        draws["crop"] = uniform(ids, 2, data_seed, "crop", view)
     if augment.flip:
-        turned = uniform(ids, 1, data_seed, "flip", view)[:, 0] < 0.5
-        images = images.copy()
-        images[turned] = images[turned, :, ::-1]
+        draws["flip"] = uniform(ids, 1, data_seed, "flip", view)
     if augment.randaugment is not None:
-        count, magnitude = augment.randaugment
-        draws = uniform(ids, 2 * count, data_seed, "randaugment", view)
-        images = np.stack([randaugment(image, draw, magnitude) for image, draw in zip(images, draws, strict=True)])
+        draws["randaugment"] = uniform(ids, 2 * augment.randaugment[0], data_seed, "randaugment", view)
     if augment.erase:
-        images = _erase(images, uniform(ids, 41, data_seed, "erase", view), augment.erase)
+        draws["erase"] = uniform(ids, 41, data_seed, "erase", view)
+    return draws
+
+
+def _changed(images: Pixels, draws: dict[str, Floats], augment: Augment) -> Pixels:
+    """All changes but the resized crop, in their order."""
+    if augment.crop:
+        images = _crop(images, draws["crop"], augment.crop)
+    if augment.flip:
+        images = _flip(images, draws["flip"][:, 0] < 0.5)
+    if augment.randaugment is not None:
+        magnitude = augment.randaugment[1]
+        images = np.stack([randaugment(image, draw, magnitude) for image, draw in zip(images, draws["randaugment"], strict=True)])
+    if augment.erase:
+        images = _erase(images, draws["erase"], augment.erase)
     return images
 
 
@@ -116,41 +132,55 @@ def _crop(images: Pixels, draws: Floats, pad: int) -> Pixels:
     return cut
 
 
-def _box(height: int, width: int, draws: Floats, area: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, int, int, int] | None:
-    """``(top, left, height, width)`` of a random box: the first of the drawn (area, ratio) pairs that fits, as torchvision tries them.
+def _flip(images: Pixels, turned: npt.NDArray[np.bool_]) -> Pixels:
+    """A copy, mirrored where ``turned`` says so."""
+    out = images.copy()
+    whole = out.view(f"V{images.shape[3]}")[..., 0]  # a pixel is moved as one element, which takes half the time
+    whole[turned] = whole[turned, :, ::-1]
+    return out
 
-    draws: ``(2 k + 2,)``: k areas, k ratios, and the place.
+
+def _boxes(
+    heights: npt.NDArray[np.int64], widths: npt.NDArray[np.int64], draws: Floats, area: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Random boxes in images of these sizes: ``(B, 4)`` top, left, height, width, and ``(B,)`` whether there is one.
+
+    It is the first of the drawn (area, ratio) pairs that fits, as torchvision tries them. draws: ``(B, 2 k + 2)``: k areas, k ratios, and
+    the place.
     """
-    tries = (len(draws) - 2) // 2
-    areas = height * width * (area[0] + draws[:tries] * (area[1] - area[0]))
-    ratios = np.exp(math.log(ratio[0]) + draws[tries : 2 * tries] * (math.log(ratio[1]) - math.log(ratio[0])))
-    widths, heights = np.rint(np.sqrt(areas * ratios)).astype(int), np.rint(np.sqrt(areas / ratios)).astype(int)
-    fits = np.flatnonzero((widths >= 1) & (heights >= 1) & (widths <= width) & (heights <= height))
-    if not len(fits):
-        return None
-    h, w = int(heights[fits[0]]), int(widths[fits[0]])
-    return int(draws[-2] * (height - h + 1)), int(draws[-1] * (width - w + 1)), h, w
+    tries = (draws.shape[1] - 2) // 2
+    areas = (heights * widths)[:, None] * (area[0] + draws[:, :tries] * (area[1] - area[0]))
+    ratios = np.exp(math.log(ratio[0]) + draws[:, tries : 2 * tries] * (math.log(ratio[1]) - math.log(ratio[0])))
+    tried_w, tried_h = np.rint(np.sqrt(areas * ratios)).astype(np.int64), np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (tried_w >= 1) & (tried_h >= 1) & (tried_w <= widths[:, None]) & (tried_h <= heights[:, None])
+    first = (np.arange(len(draws)), fits.argmax(axis=1))
+    h, w = tried_h[first], tried_w[first]
+    top, left = (draws[:, -2] * (heights - h + 1)).astype(np.int64), (draws[:, -1] * (widths - w + 1)).astype(np.int64)
+    return np.stack([top, left, h, w], axis=1), fits.any(axis=1)
 
 
-def _resized_crop(image: Pixels, ids: Ids, view: int, area: tuple[float, float], data_seed: int) -> Pixels:
-    """A box of a random area fraction and a ratio of 3/4 to 4/3 (Szegedy et al. 2015), the largest centred one where none fits."""
-    height, width, _ = image.shape
-    box = _box(height, width, uniform(ids, 22, data_seed, "resized_crop", view)[0], area, (3 / 4, 4 / 3))
-    if box is None:
-        h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-        box = ((height - h) // 2, (width - w) // 2, h, w)
-    top, left, h, w = box
-    return image[top : top + h, left : left + w]
+def _resized_crops(raw: Pixels | list[Pixels], draws: Floats, area: tuple[float, float]) -> list[Pixels]:
+    """Boxes of a random area fraction and a ratio of 3/4 to 4/3 (Szegedy et al. 2015), the largest centred one where none fits."""
+    heights, widths = (np.array([image.shape[axis] for image in raw], dtype=np.int64) for axis in (0, 1))
+    boxes, found = _boxes(heights, widths, draws, area, (3 / 4, 4 / 3))
+    crops = []
+    for image, (top, left, h, w), fits in zip(raw, boxes.tolist(), found.tolist(), strict=True):
+        if not fits:
+            height, width = image.shape[:2]
+            h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+            top, left = (height - h) // 2, (width - w) // 2
+        crops.append(image[top : top + h, left : left + w])
+    return crops
 
 
 def _erase(images: Pixels, draws: Floats, probability: float) -> Pixels:
     """A black box of 0.02 to 1/3 of the area and a ratio of 0.3 to 3.3 (Zhong et al. 2017), with the given probability."""
     out = images.copy()
-    for number in np.flatnonzero(draws[:, 0] < probability):
-        box = _box(images.shape[1], images.shape[2], draws[number, 1:], (0.02, 1 / 3), (0.3, 3.3))
-        if box is not None:
-            top, left, height, width = box
-            out[number, top : top + height, left : left + width] = 0
+    count, height, width = images.shape[:3]
+    boxes, found = _boxes(np.full(count, height), np.full(count, width), draws[:, 1:], (0.02, 1 / 3), (0.3, 3.3))
+    for number in np.flatnonzero((draws[:, 0] < probability) & found).tolist():
+        top, left, h, w = boxes[number].tolist()
+        out[number, top : top + h, left : left + w] = 0
     return out
 
 

@@ -3,6 +3,7 @@
 from limbeck.models._build import build_model, wrap_module
 from limbeck.models._capture import Capture, probe_shapes, validate_paths
 from limbeck.models._heads import resize_head
+from limbeck.models._identity import architecture_sha256, normalised_by_data, preprocessing_identity, sources
 from limbeck.models._labels import class_map
 from limbeck.models._model import Model, call_module, describe, logits_of, state_hash
 from limbeck.models._names import SHORT_NAMES, known_models
@@ -13,6 +14,7 @@ __all__ = [
     "SHORT_NAMES",
     "Capture",
     "Model",
+    "architecture_sha256",
     "build_model",
     "call_factory",
     "call_module",
@@ -22,9 +24,12 @@ __all__ = [
     "load_into",
     "load_saved",
     "logits_of",
+    "normalised_by_data",
+    "preprocessing_identity",
     "probe_shapes",
     "resize_head",
     "save_model",
+    "sources",
     "state_hash",
     "validate_paths",
     "wrap_module",

@@ -31,14 +31,15 @@ class Capture:
     """
 
     def __init__(self, module: nn.Module, paths: Sequence[str]) -> None:
-        validate_paths(module, paths, "features")
+        if paths:
+            validate_paths(module, paths, "features")
         self.features: dict[str, Tensor] = {}
         self._module = module
         self._paths = tuple(dict.fromkeys(paths))
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        layers = dict(self._module.named_modules())
+        layers = dict(self._module.named_modules()) if self._paths else {}
         for path in self._paths:
             layer, key = _split(path)
             self._handles.append(layers[layer].register_forward_hook(self._keeper(path, key)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from limbeck.errors import Problem, UsageError, listed, nearest
-from limbeck.models._model import Model
 
 if TYPE_CHECKING:
     from limbeck.data import Data
@@ -21,7 +20,16 @@ FINE_TUNE = "Fine-tune it on this data first with teacher: {train: {epochs: 3}},
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def class_map(teacher: Model, data: Data) -> IndexArray | None:
+class Answering(Protocol):
+    """What must be known of a model to tell which of its outputs is which class; see :class:`Model`."""
+
+    classes: tuple[str, ...] | None
+    class_ids: tuple[str, ...] | None
+    num_classes: int
+    notes: list[str]
+
+
+def class_map(teacher: Answering, data: Data) -> IndexArray | None:
     """``(C,)`` int64: data class ``j`` is the teacher's output ``map[j]``; None where the outputs are used as they are.
 
     Where both sides have names they are compared without regard to case, surrounding space, and underscores for spaces; a teacher with more
@@ -36,7 +44,7 @@ def class_map(teacher: Model, data: Data) -> IndexArray | None:
     return found
 
 
-def fits(model: Model, data: Data) -> bool:
+def fits(model: Answering, data: Data) -> bool:
     """Whether the model's head already answers in the data's classes, in the data's order."""
     found, problem, _ = _match(model, data)
     return problem is None and found is None and model.num_classes == len(data.classes)
@@ -57,7 +65,7 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").split()).casefold()
 
 
-def _match(teacher: Model, data: Data) -> tuple[IndexArray | None, Problem | None, str]:
+def _match(teacher: Answering, data: Data) -> tuple[IndexArray | None, Problem | None, str]:
     wanted = known_names(data.classes) if data.classes_known else None
     offered = known_names(teacher.classes)
     count = len(data.classes)

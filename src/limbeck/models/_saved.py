@@ -24,7 +24,7 @@ from limbeck.models._model import Model, state_hash
 from limbeck.run import commit_folder, disk_errors, file_sha256
 from limbeck.types import ImagePreprocessing, Preprocessing, TensorPreprocessing, TextPreprocessing
 
-__all__ = ["load_into", "load_saved", "save_model"]
+__all__ = ["load_into", "load_saved", "read_about", "save_model"]
 
 FORMAT = 1
 _KINDS = {"image": ImagePreprocessing, "text": TextPreprocessing, "tensor": TensorPreprocessing}
@@ -198,6 +198,19 @@ def load_into(module: nn.Module, folder: Path, where: str = "") -> None:
         raise UsageError(Problem(where, f"the weights read from {folder} are not those that were saved (their hash differs)."))
 
 
+def read_about(folder: Path, where: str = "", *, weights_may_be_gone: bool = False) -> tuple[dict[str, Any], Path]:
+    """``model.json`` of a saved model, every file that it records compared with its SHA-256, and the folder that they lie in.
+
+    Raises as :func:`load_saved`; a missing weights file is let pass where the caller needs only the record.
+    """
+    inner = folder / "student" if not (folder / "model.json").is_file() else folder
+    about = _read(inner, where)
+    gone = weights_may_be_gone and not (inner / "model.safetensors").exists()
+    recorded = {k: v for k, v in about["files"].items() if not (gone and k == "model.safetensors")}
+    _verify(inner, {**about, "files": recorded}, where, weights=not gone)
+    return about, inner
+
+
 def _read(folder: Path, where: str) -> dict[str, Any]:
     path = folder / "model.json"
     if not path.is_file():
@@ -217,7 +230,7 @@ def _read(folder: Path, where: str) -> dict[str, Any]:
     return dict(about)
 
 
-def _verify(folder: Path, about: dict[str, Any], where: str) -> None:
+def _verify(folder: Path, about: dict[str, Any], where: str, *, weights: bool = True) -> None:
     problems = []
     for name, recorded in about["files"].items():
         if Path(name).name != name:
@@ -226,7 +239,7 @@ def _verify(folder: Path, about: dict[str, Any], where: str) -> None:
             problems.append(Problem(where, f"{folder / name} is missing."))
         elif file_sha256(folder / name) != recorded:
             problems.append(Problem(where, f"{folder / name} is not the file that was saved (its SHA-256 differs from model.json)."))
-    if about["kind"] != "module" and "model.safetensors" not in about["files"]:
+    if weights and about["kind"] != "module" and "model.safetensors" not in about["files"]:
         problems.append(Problem(where, f"{folder / 'model.json'} records no model.safetensors."))
     if problems:
         raise UsageError(problems)

@@ -1,0 +1,212 @@
+"""One teacher pass over what is missing, by any number of processes, with the same bytes for any number of them.
+
+What is missing of a view, in id order, is cut into parts and the parts into blocks, once: the first process writes this down as a plan, and
+every other one, now or after a kill, follows it. A block is what the teacher sees at once, so no answer depends on who asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from limbeck.cache._manifest import Manifest, locked, read_manifest, write_manifest
+from limbeck.cache._store import Reader, row_bytes, write_part
+from limbeck.run import write_atomic
+
+__all__ = ["Ask", "Request", "fill", "missing"]
+
+Keys = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+
+Ask = Callable[[list[Int64], int], Iterable[Mapping[str, npt.NDArray[Any]]]]
+"""``(blocks, view) -> columns of each block``: the teacher's answers, encoded; a block is an array of indices into the split."""
+
+_PART_BLOCKS = 16  # few enough to lose little at a kill and to share among processes
+_PART_BYTES = 64 << 20
+_MOST_PARTS = 256  # of one view: a longer pass has longer parts
+_POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows that are wanted under one view. keys: ``(N, 2)`` of all rows of a split, in the split's order. lengths: in tokens, or None."""
+
+    view: int
+    keys: Keys
+    lengths: npt.NDArray[Any] | None = None
+
+
+def missing(reader: Reader | None, request: Request) -> Int64:
+    """Rows of the split that the cache lacks, each key once, in key order."""
+    order: Int64 = np.lexsort((request.keys[:, 1], request.keys[:, 0])).astype(np.int64)
+    if not len(order):
+        return order
+    ordered = request.keys[order]
+    # what the store cannot tell apart is one sample to it
+    short = np.stack([ordered[:, 0], ordered[:, 1] >> np.uint64(56)], axis=1)
+    first = np.concatenate([[True], (short[1:] != short[:-1]).any(axis=1)])
+    order = order[first]
+    return order if reader is None else order[~reader.has(request.keys[order], request.view)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """keys: ``(N, 2)`` in order, of one view; ``bounds`` of its parts."""
+
+    name: str
+    view: int
+    keys: Keys
+    rows_of_part: int
+
+    @property
+    def parts(self) -> list[tuple[str, int, int]]:
+        bounds = range(0, len(self.keys), self.rows_of_part)
+        return [
+            (f"v{self.view:05d}-{self.name}-{i:05d}.arrow", b, min(b + self.rows_of_part, len(self.keys))) for i, b in enumerate(bounds)
+        ]
+
+
+def fill(
+    folder: Path,
+    requests: list[Request],
+    ask: Ask,
+    *,
+    tick: Callable[[int], None] = lambda rows: None,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Ask for every row of ``requests`` that ``folder`` lacks and commit it, part by part; returns when all of them are there.
+
+    The folder has a manifest, which says how (block, threads). tick: called with the rows of each block; between: before each part, may raise
+    to leave.
+    """
+    manifest = read_manifest(folder)
+    with _threads(int(manifest.made["threads"])):
+        for request in requests:
+            for plan in _plans(folder, request):
+                rows = _rows_of(plan, request)
+                _follow(folder, plan, rows, request, ask, int(manifest.made["block"]), tick, between)
+
+
+def _plans(folder: Path, request: Request) -> Iterator[_Plan]:
+    """Plans that others began and this process can follow; where there are none, one for what is missing; until nothing is.
+
+    A plan that is given back here is followed to its end, where its file goes, before the next one is looked for.
+    """
+    known: set[tuple[int, int]] = set()
+    while True:
+        with locked(folder / ".lock"):  # no part is committed, and no plan made, between looking and planning
+            found = [p for p in map(_read_plan, sorted(folder.glob("plan-*"))) if p is not None and p.view == request.view]
+            known = known or ({(int(a), int(b)) for a, b in request.keys} if found else set())
+            plans = [p for p in found if all((int(a), int(b)) in known for a, b in p.keys)]
+            if not plans:
+                manifest = read_manifest(folder)
+                rows = missing(Reader(folder, manifest), request)
+                if not len(rows):
+                    return
+                plans = [_make_plan(request.view, request.keys[rows], manifest)]
+                data = save({"keys": plans[0].keys}, {"plan": f"{plans[0].view},{plans[0].rows_of_part}"})
+                write_atomic(folder / f"plan-{plans[0].name}", data)
+        yield from plans
+
+
+def _make_plan(view: int, keys: Keys, manifest: Manifest) -> _Plan:
+    block = int(manifest.made["block"])
+    blocks = max(_PART_BLOCKS, -(-len(keys) // (block * _MOST_PARTS)))
+    blocks = max(1, min(blocks, _PART_BYTES // max(1, block * row_bytes(manifest.columns)))) if blocks == _PART_BLOCKS else blocks
+    return _Plan(_name(view, keys, block * blocks), view, keys, block * blocks)
+
+
+def _name(view: int, keys: Keys, rows_of_part: int) -> str:
+    digest = xxhash.xxh3_64(np.ascontiguousarray(keys).tobytes())
+    digest.update(f"{view},{rows_of_part}".encode())
+    return digest.hexdigest()
+
+
+def _read_plan(path: Path) -> _Plan | None:
+    """None where it is gone meanwhile, which says that it was fulfilled, or not what was written: then it is nobody's plan."""
+    try:
+        with safe_open(path, framework="np") as f:
+            view, rows_of_part = (int(n) for n in f.metadata()["plan"].split(","))
+            keys = f.get_tensor("keys")
+        name = _name(view, keys, rows_of_part)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, FileNotFoundError):
+        return None
+    return _Plan(name, view, keys, rows_of_part) if path.name == f"plan-{name}" else None
+
+
+def _rows_of(plan: _Plan, request: Request) -> Int64:
+    """The split's row of each key of a plan."""
+    order = np.lexsort((request.keys[:, 1], request.keys[:, 0]))
+    place = {(int(a), int(b)): int(i) for i, (a, b) in zip(order[::-1], request.keys[order[::-1]], strict=True)}
+    return np.array([place[int(a), int(b)] for a, b in plan.keys], dtype=np.int64)
+
+
+def _follow(
+    folder: Path, plan: _Plan, rows: Int64, request: Request, ask: Ask, block: int, tick: Callable[[int], None], between: Callable[[], None]
+) -> None:
+    locks = folder / ".locks"
+
+    def write(name: str, start: int, stop: int) -> None:
+        if any(p.name == name for p in read_manifest(folder).parts):
+            return
+        values = _answers(rows[start:stop], request, ask, block, tick)
+        manifest = read_manifest(folder)
+        entry = write_part(folder, name, plan.view, plan.keys[start:stop], values, manifest.columns)
+        with locked(folder / ".lock"):
+            write_manifest(folder, read_manifest(folder).with_part(entry))
+
+    left = plan.parts
+    while left:
+        others = []
+        for part in left:
+            between()
+            with locked(locks / part[0], wait=False) as mine:
+                if mine:
+                    write(*part)
+                else:
+                    others.append(part)
+        if len(others) == len(left):
+            time.sleep(_POLL)
+        left = others
+    with locked(folder / ".lock"):
+        (folder / f"plan-{plan.name}").unlink(missing_ok=True)
+        for name, _, _ in plan.parts:
+            (locks / name).unlink(missing_ok=True)
+        if locks.is_dir() and not any(locks.iterdir()):
+            locks.rmdir()
+
+
+def _answers(rows: Int64, request: Request, ask: Ask, block: int, tick: Callable[[int], None]) -> dict[str, npt.NDArray[Any]]:
+    """The columns of one part in its rows' order. Texts are asked for in blocks of similar length, which pads little."""
+    by = np.arange(len(rows)) if request.lengths is None else np.argsort(request.lengths[rows], kind="stable")
+    found: dict[str, npt.NDArray[Any]] = {}
+    chosen_of = [by[start : start + block] for start in range(0, len(rows), block)]
+    for chosen, columns in zip(chosen_of, ask([rows[chosen] for chosen in chosen_of], request.view), strict=True):
+        for name, values in columns.items():
+            if name not in found:
+                found[name] = np.empty((len(rows), *values.shape[1:]), dtype=values.dtype)
+            found[name][chosen] = values
+        tick(len(chosen))
+    return found
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sums are split by threads, so the number of them is part of how an answer was made."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,271 @@
+"""Parts on disk: Arrow IPC files of fixed stride, memory-mapped; every byte that is read has been checked."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from limbeck.cache._manifest import CacheDamaged, Column, Manifest, PartEntry, read_manifest
+from limbeck.run import disk_errors, sync_folder
+
+__all__ = ["ID_BYTES", "Reader", "row_bytes", "write_part"]
+
+Keys = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+
+ID_BYTES = 9
+"""Of a row's 128-bit key its first 72 bits are stored: two of a million samples share them with a probability of 1e-10, and at 100 classes
+16 bytes would be 8 % of a row."""
+
+_SMALL = 64 << 20  # bytes: a directory up to this size is checked whole when it is opened
+_TOUCHED = 32 << 20  # bytes read through the maps, after which their pages are given back
+_TILES = 1024  # checksums a part, at most
+
+
+def row_bytes(columns: Sequence[Column]) -> int:
+    """What one row takes."""
+    return ID_BYTES + sum(int(np.prod(c.shape, dtype=np.int64)) * np.dtype(c.dtype).itemsize for c in columns)
+
+
+def _tile_size(size: int) -> int:
+    tile = 1 << 16
+    while size > tile * _TILES:
+        tile *= 2
+    return tile
+
+
+def _checksums(data: memoryview, tile: int) -> str:
+    return "".join(xxhash.xxh3_64_hexdigest(data[start : start + tile]) for start in range(0, len(data), tile))
+
+
+def write_part(
+    folder: Path, name: str, view: int, keys: Keys, values: Mapping[str, npt.NDArray[Any]], columns: Sequence[Column]
+) -> PartEntry:
+    """Write one part under its final name; the caller enters it into the manifest.
+
+    keys: ``(N, 2)``, in order. values: ``(N, *shape)`` of each column. The temporary name is fixed, so that whoever writes this part again after a
+    kill takes its place; the caller holds the part's lock.
+    """
+    arrays = [pa.array(keys[:, 0]), pa.array((keys[:, 1] >> np.uint64(56)).astype(np.uint8))]
+    fields = [pa.field("id", pa.uint64(), nullable=False), pa.field("id_more", pa.uint8(), nullable=False)]
+    for column in columns:
+        flat = np.ascontiguousarray(values[column.name], dtype=column.dtype).reshape(-1)
+        inner, width = pa.array(flat), int(np.prod(column.shape, dtype=np.int64))
+        arrays.append(pa.FixedSizeListArray.from_arrays(inner, width) if column.shape else inner)
+        kind = pa.list_(pa.field("item", inner.type, nullable=False), width) if column.shape else inner.type
+        fields.append(pa.field(column.name, kind, nullable=False))
+    schema = pa.schema(fields)
+    arrays = [a if a.type == f.type else a.cast(f.type) for a, f in zip(arrays, fields, strict=True)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    written = sink.getvalue()
+    data = memoryview(written)
+    path, temporary = folder / name, folder / f".{name}.tmp"
+    with disk_errors(path, len(data)):
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_folder(folder)
+    tile = _tile_size(len(data))
+    return PartEntry(name, view, len(keys), f"{int(keys[0, 0]):016x}", len(data), tile, _checksums(data, tile), _offsets(written))
+
+
+def _offsets(file: pa.Buffer) -> dict[str, int]:
+    """The byte at which the values of each column begin."""
+    batch = pa.ipc.open_file(file).get_batch(0)
+    found = {}
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        inner = array.values if pa.types.is_fixed_size_list(array.type) else array
+        found[name] = inner.buffers()[1].address - file.address
+    return found
+
+
+class _Map:
+    """One part, mapped at its first use."""
+
+    def __init__(self, folder: Path, entry: PartEntry, columns: Sequence[Column]) -> None:
+        self.path, self.entry = folder / entry.name, entry
+        with open(self.path, "rb") as f:
+            self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes = memoryview(self.map)
+        if len(self.bytes) != entry.size:
+            raise CacheDamaged(self.path, f"has {len(self.bytes):,} bytes, and {entry.size:,} were written.")
+        self.checked = np.zeros(-(-entry.size // entry.tile), dtype=bool)
+        self.columns = {c.name: self._column(c) for c in (Column("id", "uint64", ()), Column("id_more", "uint8", ()), *columns)}
+        self._ids_checked = False
+
+    def _column(self, column: Column) -> npt.NDArray[Any]:
+        count = self.entry.rows * int(np.prod(column.shape, dtype=np.int64))
+        flat = np.frombuffer(self.map, dtype=column.dtype, count=count, offset=self.entry.offsets[column.name])
+        return flat.reshape(self.entry.rows, *column.shape)
+
+    def check(self, tiles: npt.NDArray[Any]) -> int:
+        """Compare tiles with their checksums, each once; returns the bytes that were looked at."""
+        looked = 0
+        for tile in tiles[~self.checked[tiles]].tolist():
+            start = tile * self.entry.tile
+            piece = self.bytes[start : start + self.entry.tile]
+            if xxhash.xxh3_64_hexdigest(piece) != self.entry.checksums[16 * tile : 16 * tile + 16]:
+                raise CacheDamaged(self.path, f"is damaged: bytes {start:,} to {start + len(piece) - 1:,} do not match their checksum.")
+            self.checked[tile] = True
+            looked += len(piece)
+        return looked
+
+    def check_all(self) -> int:
+        return self.check(np.arange(len(self.checked)))
+
+    def find(self, keys: Keys) -> tuple[Int64, int]:
+        """``(N,)`` the row of each key, -1 where it is not there; and the bytes that were looked at."""
+        looked = 0
+        if not self._ids_checked:
+            for name in ("id", "id_more"):
+                start, width = self.entry.offsets[name], self.columns[name].nbytes
+                looked += self.check(np.arange(start // self.entry.tile, (start + max(width, 1) - 1) // self.entry.tile + 1))
+            self._ids_checked = True
+        high, more = self.columns["id"], self.columns["id_more"]
+        wanted, tail = np.ascontiguousarray(keys[:, 0]), (keys[:, 1] >> np.uint64(56)).astype(np.uint8)
+        rows = np.searchsorted(high, wanted).astype(np.int64)
+        last = self.entry.rows - 1
+        at = np.minimum(rows, last)
+        hit = (high[at] == wanted) & (more[at] == tail)
+        # ids that agree in their first word: walk on while they do
+        doubtful = np.flatnonzero(~hit & (high[at] == wanted))
+        for i in doubtful.tolist():
+            row = int(at[i])
+            while row < last and high[row] == wanted[i] and more[row] != tail[i]:
+                row += 1
+            at[i], hit[i] = row, high[row] == wanted[i] and more[row] == tail[i]
+        return np.where(hit, at, -1), looked
+
+    def take(self, name: str, rows: Int64) -> tuple[npt.NDArray[Any], int]:
+        """``(N, *shape)`` of one column, its bytes checked before they are used; and the bytes that were touched."""
+        values = self.columns[name]
+        stride = values.nbytes // max(1, len(values))
+        begin = self.entry.offsets[name] + rows * stride
+        first, final = begin // self.entry.tile, (begin + max(stride, 1) - 1) // self.entry.tile
+        looked = 0
+        if not (self.checked[first].all() and self.checked[final].all()) or stride > self.entry.tile:
+            tiles = [np.arange(a, b + 1) for a, b in zip(first.tolist(), final.tolist(), strict=True)]
+            looked = self.check(np.unique(np.concatenate(tiles)))
+        return values[rows], looked + stride * len(rows)
+
+    def release(self) -> None:
+        """Give the pages back; the file stays in the system's cache. Memory of a process then does not grow with what it has read."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Parts of one pass over one view: one after the other in id order."""
+
+    firsts: npt.NDArray[np.uint64]
+    numbers: tuple[int, ...]
+
+
+class Reader:
+    """The rows of one cache directory, as its manifest had them when it was opened.
+
+    A small directory is checked whole at once; of a large one each tile is checked before its first use, so that opening takes as long for
+    10 GB as for one. Raises: CacheDamaged.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        self.folder = folder
+        self.manifest = manifest or read_manifest(folder)
+        self._maps: dict[int, _Map] = {}
+        self._touched = 0
+        self._runs: dict[int, list[_Run]] = {}
+        for entry in self.manifest.parts:
+            self._present(folder / entry.name, entry)
+            self._runs.setdefault(entry.view, [])
+        for view in self._runs:
+            passes: dict[str, list[int]] = {}
+            for number, entry in enumerate(self.manifest.parts):
+                if entry.view == view:
+                    passes.setdefault(entry.name.rpartition("-")[0], []).append(number)
+            for numbers in passes.values():
+                firsts = np.array([int(self.manifest.parts[n].first, 16) for n in numbers], dtype=np.uint64)
+                by_id = np.argsort(firsts, kind="stable")
+                self._runs[view].append(_Run(firsts[by_id], tuple(numbers[i] for i in by_id)))
+        if self.manifest.size <= _SMALL:
+            self.check_all()
+
+    @staticmethod
+    def _present(path: Path, entry: PartEntry) -> None:
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CacheDamaged(path, "is missing.") from None
+        if size != entry.size:
+            raise CacheDamaged(path, f"has {size:,} bytes, and {entry.size:,} were written.")
+
+    def _map(self, number: int) -> _Map:
+        if number not in self._maps:
+            self._maps[number] = _Map(self.folder, self.manifest.parts[number], self.manifest.columns)
+        return self._maps[number]
+
+    def _touch(self, count: int) -> None:
+        self._touched += count
+        if self._touched > _TOUCHED:
+            for part in self._maps.values():
+                part.release()
+            self._touched = 0
+
+    def check_all(self) -> None:
+        for number in range(len(self.manifest.parts)):
+            self._touch(self._map(number).check_all())
+
+    def locate(self, keys: Keys, view: int) -> tuple[Int64, Int64]:
+        """``(part, row)`` of each key under a view, ``(N,)`` each; part -1 where there is none."""
+        parts, rows = np.full(len(keys), -1, dtype=np.int64), np.full(len(keys), -1, dtype=np.int64)
+        for run in self._runs.get(view, ()):
+            open_ = np.flatnonzero(parts < 0)
+            if not len(open_):
+                break
+            # a part begins at its first id; ids that agree in the first word may lie on both sides of a boundary
+            place = np.searchsorted(run.firsts, keys[open_, 0], side="right") - 1
+            for p in np.unique(place[place >= 0]).tolist():
+                mine = open_[place == p]
+                for before in range(p, -1, -1):
+                    found, looked = self._map(run.numbers[before]).find(keys[mine])
+                    self._touch(looked + 64 * len(mine))
+                    hit = found >= 0
+                    parts[mine[hit]], rows[mine[hit]] = run.numbers[before], found[hit]
+                    mine = mine[~hit]
+                    mine = mine[keys[mine, 0] == run.firsts[before]]
+                    if not len(mine):
+                        break
+        return parts, rows
+
+    def gather(self, name: str, parts: Int64, rows: Int64) -> npt.NDArray[Any]:
+        """``(N, *shape)`` of one column at the places that :meth:`locate` gave."""
+        numbers = np.unique(parts)
+        if len(numbers) == 1:
+            values, touched = self._map(int(numbers[0])).take(name, rows)
+            self._touch(touched)
+            return values
+        column = next(c for c in self.manifest.columns if c.name == name)
+        out = np.empty((len(rows), *column.shape), dtype=column.dtype)
+        for number in numbers.tolist():
+            mine = np.flatnonzero(parts == number)
+            values, touched = self._map(number).take(name, rows[mine])
+            out[mine] = values
+            self._touch(touched)
+        return out
+
+    def has(self, keys: Keys, view: int) -> npt.NDArray[np.bool_]:
+        """``(N,)`` bool: which keys are there."""
+        return self.locate(keys, view)[0] >= 0

@@ -1,0 +1,82 @@
+"""limbeck label: fill a teacher's cache ahead of the runs that will read it; by one process, or any number of them at once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from limbeck._folder import Stop
+from limbeck._teaching import VERIFIED, engine_of_teacher, keep_answers
+from limbeck.cache import read_manifest
+from limbeck.engine import Engine
+from limbeck.errors import Problem, UsageError
+from limbeck.progress import Progress
+from limbeck.reading import absolute
+from limbeck.recipe import Recipe
+from limbeck.spine import Job, begin, job_of
+from limbeck.teacher import Meter
+
+__all__ = ["label", "label_job"]
+
+
+def label(recipe: Recipe, *, base: Path, progress: str = "auto", dry_run: bool = False, verify_cache: int | None = None) -> dict[str, Any]:
+    """Ask the teacher of a recipe for every answer that a run of it would want, and keep them. What is there already is not asked again.
+
+    Returns where they are, how many, and what it took. Raises: UsageError; Interrupted after a signal, with everything finished kept.
+    """
+    with Progress(progress) as shown:
+        recipe = absolute(recipe, base)
+        if recipe.teacher_cache.mode == "off" or recipe.teacher_cache.views == "live":
+            text = "asks the teacher in every step, so there is nothing to fill."
+            key = "mode" if recipe.teacher_cache.mode == "off" else "views"
+            raise UsageError(Problem(f"teacher_cache.{key}", text, "Leave it out."))
+        return label_job(job_of(recipe, base, Path(), verify_cache=verify_cache), shown, dry_run=dry_run)
+
+
+def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
+    """:func:`label` of a job."""
+    started = time.perf_counter()
+    begun = begin(job, label=True)
+    if begun.to_train:
+        text = "has to be trained on this data first, which `limbeck distill` does."
+        raise UsageError(Problem("teacher", text, "Train it with `limbeck train`, and name it as run:DIR."))
+    answers = begun.answers
+    assert answers is not None
+    for note in begun.notes:
+        progress.say(note)
+    asked = sum(answers.lacking(purpose) for purpose in answers.folders) if begun.model is not None else 0
+    model, seconds = begun.model, 0.0
+    if model is not None and begun.found is not None and not dry_run:
+        meter, stop = Meter(model.module), Stop()
+
+        def choice() -> tuple[Engine, dict[str, Any]]:
+            batch = begun.parts.first_batch(job.recipe, with_teacher=True, ask=True)
+            return engine_of_teacher(job.recipe, model, batch, begun.device)
+
+        with stop.listening():
+            keep_answers(
+                answers,
+                begun.found,
+                model,
+                begun.device,
+                meter,
+                progress,
+                lambda: stop.between("the next part of the teacher's answers"),
+                verify=VERIFIED if job.verify_cache is None else job.verify_cache,
+                chosen=choice,
+            )
+        meter.close()
+        seconds = meter.seconds or 0.0
+    rows = {purpose: answers.rows(purpose) for purpose in answers.folders}
+    result = {
+        "cache": {purpose: str(folder) for purpose, folder in answers.folders.items()},
+        "rows": rows,
+        "asked": asked,
+        "bytes": sum(read_manifest(f).size for f in answers.folders.values() if (f / "manifest.json").exists()),
+        "teacher_seconds": seconds,
+        "total_seconds": time.perf_counter() - started,
+    }
+    if not dry_run:
+        progress.say(f"All {sum(rows.values()):,} answers are in {answers.root} ({result['bytes']:,} bytes).")
+    return result
