@@ -130,6 +130,7 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         "verdict": verdict(models, interval, count, f"over {count} seeds"),
         "cost": {k: _joined(k, [c[k] for c in costs]) for k in costs[0]},
         "best_seed": results[best]["seeds"][0],
+        "validations": [r["validation"] for r in results],
         "runs": [{"seed": r["seeds"][0], **{role: m["metrics"] for role, m in r["models"].items()}} for r in results],
     }
     return joint, best

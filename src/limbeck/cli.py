@@ -185,6 +185,84 @@ def label(
     emit(work, json)
 
 
+@app.command()
+def sweep(
+    recipe: RecipeFile = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            metavar="KEY=V,V",
+            show_default=False,
+            help="A recipe key and its values, e.g. objective.0.temperature=2,4,8; or temp=2,4 and alpha=0.5,0.9. Repeatable.",
+        ),
+    ] = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    data: DataSource = None,
+    task: Task = None,
+    temp: Temp = None,
+    alpha: Alpha = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    resume: Resume = False,
+    no_baseline: NoBaseline = False,
+    json: Json = False,
+    sets: Sets = None,
+) -> None:
+    """Many students on one pass of the teacher.
+
+    Runs every combination of the values, chooses the best on validation, and writes one table, one report and the best recipe.
+    """
+    options: dict[str, Any] = {"teacher": teacher, "student": student, "data": data, "task": task, "temp": temp, "alpha": alpha}
+    options |= {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "baseline": False if no_baseline else None}
+
+    def work() -> dict[str, Any]:
+        from limbeck.reading import RecipeError
+        from limbeck.sweep import combinations, read_vary
+        from limbeck.sweep import sweep as run_sweep
+
+        varied, problems = read_vary(vary or [])
+        wrong, count = _whole("--seeds", seeds, 1, 1000)
+        problems += [*wrong, *_out_problems(out, resume)]
+        try:
+            points, base = combinations(None if recipe is None else Path(recipe), options, sets or [], varied)
+        except RecipeError as error:
+            raise RecipeError([*problems, *error.problems], error.source) from None
+        _raise(problems)
+        folder = _folder(out) or _free_folder(Path("runs"), "sweep")
+        how = "plain" if json else "auto"
+        return dict(run_sweep(points, base=base, vary=varied, out=folder, resume=resume, seeds=count or 1, progress=how))
+
+    result = emit(work, json)
+    if not json:
+        rows = []
+        for row in sorted(result["rows"], key=lambda r: -(r["validation"] or {}).get("accuracy", 0.0)):
+            gain = None if row["baseline"] is None else row["student"] - row["baseline"]
+            mark = "chosen" if row["name"] == result["best"] else ""
+            figures = (
+                _share((row["validation"] or {}).get("accuracy")),
+                _share(row["student"]),
+                "" if gain is None else f"{100 * gain:+.2f}",
+            )
+            rows.append((*row["values"].values(), *figures, mark))
+        _table((*result["vary"], "validation", "test", "gain, points", ""), rows)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _free_folder(root: Path, name: str) -> Path:
+    from limbeck._folder import next_free
+
+    return next_free(root, name)
+
+
 cache_app = typer.Typer(help="What teachers have said already: list it, check it, remove it.", add_completion=False, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 

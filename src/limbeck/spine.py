@@ -41,7 +41,7 @@ from limbeck.errors import Problem, Stopped, UsageError
 from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Feed, Recorder, Trained, fit
-from limbeck.models import Model, build_model, class_map, save_model, sources, state_hash, validate_paths
+from limbeck.models import Model, build_model, class_map, load_into, save_model, sources, state_hash, validate_paths
 from limbeck.objective import Objective, needs_of
 from limbeck.progress import Progress
 from limbeck.reading import absolute
@@ -61,7 +61,8 @@ class Job:
 
     build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
     sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
-    teacher; None: some, where the teacher is loaded anyway.
+    teacher; None: some, where the teacher is loaded anyway. uses: how many students learn from its answers, this one included, where
+    that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed) are this run's too.
     """
 
     recipe: Recipe
@@ -73,6 +74,8 @@ class Job:
     seeds: int = 1
     sources: Callable[[], Sources | None] = lambda: None
     verify_cache: int | None = None
+    uses: int = 0
+    lender: Path | None = None
 
 
 def run_recipe(
@@ -118,9 +121,21 @@ def run_into(
         return execute(job, shown, dry_run=dry_run)
 
 
-def job_of(recipe: Recipe, base: Path, out: Path, *, resume: bool = False, seeds: int = 1, verify_cache: int | None = None) -> Job:
-    """The job of a recipe with absolute paths; its data is read here."""
-    data, spec = load_data(recipe.data, recipe.task, base), recipe.teacher
+def job_of(
+    recipe: Recipe,
+    base: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    seeds: int = 1,
+    verify_cache: int | None = None,
+    data: Data | None = None,
+    uses: int = 0,
+    lender: Path | None = None,
+) -> Job:
+    """The job of a recipe with absolute paths; its data is read here, unless it is given."""
+    data = data or load_data(recipe.data, recipe.task, base)
+    spec = recipe.teacher
     length = recipe.data.max_length
     return Job(
         recipe=recipe,
@@ -136,6 +151,8 @@ def job_of(recipe: Recipe, base: Path, out: Path, *, resume: bool = False, seeds
         seeds=seeds,
         sources=lambda: None if spec is None else sources(spec, data=data, base=base, max_length=length),
         verify_cache=verify_cache,
+        uses=uses,
+        lender=lender,
     )
 
 
@@ -172,7 +189,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     begun = Begun(device, student, parts, None, [], {})  # type: ignore[arg-type]
     told: Sources | None = None
     if job.build_teacher is not None and recipe.teacher is not None:
-        begun.cached = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, job.seeds)
+        begun.cached = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
         begun.answers = Answers(recipe, parts) if begun.cached[0] else None
         training = recipe.teacher.train
         if begun.answers is not None and (training is None or training.if_needed):
@@ -419,7 +436,10 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             teacher.check_untouched()
         if baseline is not None:
             stop.between("the training of the baseline")
-            trained["baseline"] = _train_role("baseline", folder, recipe, baseline, parts.baseline_objective(), None, shared, log)
+            if job.lender is None:
+                trained["baseline"] = _train_role("baseline", folder, recipe, baseline, parts.baseline_objective(), None, shared, log)
+            else:
+                trained["baseline"] = _lent(job.lender if job.seeds == 1 else job.lender / f"seed-{recipe.seed}", folder, baseline)
             del baseline
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
@@ -463,6 +483,8 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             cost=shared.cost.since(begun),
             notes=[*shared.notes, *([f"The export failed: {failure}"] if failure else [])],
         )
+        if "baseline" in trained and job.lender is not None:
+            result["models"]["baseline"]["from"] = str(job.lender)
         if failure is not None:
             result["export_failure"] = str(failure)  # the run is not finished: a resume tries the export again
         write_json(folder / "analysis.json", analyse(labels=data.test.labels, logits=logits, classes=data.classes, sample=_sampler(data)))
@@ -474,6 +496,16 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
         raise failure
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def _lent(lender: Path, folder: Path, baseline: Model) -> tuple[Trained, State]:
+    """The baseline that another run trained, as ``folder/baseline``."""
+    load_into(baseline.module, lender / "baseline", "baseline")
+    if not (folder / "baseline").is_dir():
+        with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=folder) as temporary:
+            shutil.copytree(lender / "baseline", Path(temporary) / "baseline")
+            commit_folder(Path(temporary) / "baseline", folder / "baseline")
+    return Trained(0, 0.0, 0), snapshot(baseline.module)
 
 
 def _train_role(

@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.errors import missing_extra
 from limbeck.run import write_atomic
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "write_report", "write_sweep_report"]
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -28,23 +28,38 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return target
 
 
+def write_sweep_report(folder: Path, out: Path) -> Path:
+    """Write the page about a sweep: its table, its settings side by side, and what each combination bought. UsageError where there is no sweep."""
+    from . import _sweep
+
+    write_atomic(out, _environment().get_template("sweep.html").render(**_sweep.sections(folder), **_assets()))
+    return out
+
+
 def render(runs: Sequence[Path]) -> str:
     """The page as a string; see :func:`write_report`."""
+    environment = _environment()
+    from . import _code, _compare, _page, _read
+
+    found = _read.read_runs([Path(run) for run in runs])
+    if len(found) == 1:
+        values = {**_page.sections(found[0]), "snippets": _code.snippets(found[0])}
+        return str(environment.get_template("run.html").render(**values, **_assets()))
+    return str(environment.get_template("compare.html").render(**_compare.sections(found), **_assets()))
+
+
+def _environment() -> Any:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError:
         raise missing_extra("jinja2", "report", "The report") from None
-    from . import _code, _compare, _page, _read
+    from . import _code
 
-    found = _read.read_runs([Path(run) for run in runs])
     environment = Environment(
         loader=PackageLoader("limbeck.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["code"] = _code.highlight
-    if len(found) == 1:
-        values = {**_page.sections(found[0]), "snippets": _code.snippets(found[0])}
-        return environment.get_template("run.html").render(**values, **_assets())
-    return environment.get_template("compare.html").render(**_compare.sections(found), **_assets())
+    return environment
 
 
 def _assets() -> dict[str, Any]:
