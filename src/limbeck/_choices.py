@@ -27,7 +27,7 @@ def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int) -> Recipe
         update={"precision": student.precision, "layout": student.layout, "workers": workers, "device": str(student.device)}
     )
     teacher = recipe.teacher
-    if teacher is not None:
+    if teacher is not None and "teacher" in engines:
         teacher = teacher.model_copy(update={"precision": engines["teacher"].precision, "layout": engines["teacher"].layout})
     return recipe.model_copy(update={"train": train, "teacher": teacher})
 
@@ -35,7 +35,7 @@ def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int) -> Recipe
 def explicit(recipe: Recipe, device: torch.device) -> dict[str, Engine]:
     """The engines of a resolved recipe."""
     engines = {"student": Engine(device, recipe.train.precision, recipe.train.layout or "channels_first")}
-    if recipe.teacher is not None:
+    if recipe.teacher is not None and recipe.teacher.precision != "auto":
         engines["teacher"] = Engine(device, recipe.teacher.precision, recipe.teacher.layout or "channels_first")
     return engines
 

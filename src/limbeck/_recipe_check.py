@@ -180,6 +180,10 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
     if given(data, "data.valid"):
         reasons.setdefault("data.valid_fraction", "has no effect where data.valid names the validation data.")
     reasons |= _cache_reasons(value)
+    model = value("teacher.model")
+    if isinstance(model, str) and model.startswith("logits:"):
+        names = ("teacher.weights", "teacher.train", "teacher.precision", "teacher.layout", "teacher_cache")
+        reasons |= dict.fromkeys(names, "has no effect where the teacher is a file of logits.")
     if command == "train":
         reasons["teacher_cache"] = "has no effect without a teacher."
         reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."

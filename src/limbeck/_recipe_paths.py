@@ -7,7 +7,7 @@ from typing import Any
 
 from limbeck.errors import Problem, listed, nearest
 
-MODEL_KINDS = ("torchvision", "timm", "hf", "python", "run", "onnx", "module")
+MODEL_KINDS = ("torchvision", "timm", "hf", "python", "run", "onnx", "logits", "module")
 """Prefixes of model names; ``module:NAME`` stands for an ``nn.Module`` that was given from Python."""
 SOURCE_KINDS = ("digits", "npz", "imagefolder", "csv", "jsonl", "parquet", "hf", "python")
 """Kinds of data sources; ``python`` stands for tensors or Datasets that were given from Python."""
@@ -91,7 +91,7 @@ def check_model(name: Any, where: str, role: str) -> list[Problem]:
     head, rest = split_name(name)
     if not head:
         return []
-    public = [k for k in MODEL_KINDS if k != "module" and (k != "onnx" or role == "teacher")]
+    public = [k for k in MODEL_KINDS if k != "module" and (k not in ("onnx", "logits") or role == "teacher")]
     if head not in MODEL_KINDS:
         allowed = listed([f"{k}:..." for k in public])
         hint = nearest(f"{head}:", [f"{k}:" for k in public])
@@ -102,6 +102,11 @@ def check_model(name: Any, where: str, role: str) -> list[Problem]:
         return [Problem(where, f"got '{name}'; teachers from ONNX files are not built yet.")]
     if not rest.strip():
         return [Problem(where, f"got '{name}' without a name after '{head}:'.")]
+    if head == "logits":
+        if role == "student":
+            return [Problem(where, f"got '{name}', which holds a teacher's answers and cannot be trained.")]
+        if Path(rest).suffix not in (".npy", ".parquet"):
+            return [Problem(where, f"got '{name}', expected a .npy or a .parquet file after 'logits:'.")]
     if head == "python":
         target, colon, attribute = rest.rpartition(":")
         if not colon or not target or not attribute.isidentifier():
@@ -136,7 +141,7 @@ def _absolute_source(source: str, base: Path) -> str:
 
 def _absolute_model(name: str, base: Path) -> str:
     head, rest = split_name(name)
-    if head == "run" or (head in ("hf", "onnx") and (base / rest).exists()):
+    if head in ("run", "logits") or (head in ("hf", "onnx") and (base / rest).exists()):
         return f"{head}:{_absolute(rest, base)}"
     if head == "python":
         target, _, attribute = rest.rpartition(":")
@@ -180,6 +185,8 @@ def missing_files(data: dict[str, Any], base: Path) -> list[Problem]:
     for role in ("teacher", "student"):
         spec = sections.get(role, {})
         head, rest = split_name(spec["model"]) if isinstance(spec.get("model"), str) else ("", "")
+        if head == "logits" and rest:
+            problems += _missing(base, rest, f"{role}.model", folder=False)
         if head == "run" and rest:
             problems += _missing_run(base / Path(rest).expanduser(), f"{role}.model")
         if head == "python":

@@ -16,6 +16,7 @@ import torch
 from limbeck._choices import teacher_choice
 from limbeck._parts import Parts
 from limbeck.cache import (
+    FIGURES,
     CachedTeacher,
     Manifest,
     Place,
@@ -29,9 +30,10 @@ from limbeck.cache import (
     fill,
     missing,
     nearest_other,
+    read_figures,
     read_manifest,
-    read_sealed,
     recall,
+    refuse_orphans,
     row_bytes,
     seal,
 )
@@ -68,7 +70,6 @@ __all__ = [
 Sources = tuple[dict[str, Any], tuple[str, ...] | None, list[str]]
 """What :func:`limbeck.models.sources` gives: facts, classes, notes."""
 
-FIGURES = "figures.json"
 VERIFIED = 32
 
 
@@ -82,7 +83,7 @@ class Known:
     class_ids: tuple[str, ...] | None
     num_classes: int
     weights_sha256: str
-    parameters: int
+    parameters: int | None
     notes: list[str] = field(default_factory=list)
 
 
@@ -192,11 +193,12 @@ class Answers:
         folder = self.folders["test"]
         about = read_manifest(folder).about
         unknown = {"latency_ms": None, "throughput": None, "flops": None, "bytes": None, "parameters": about["parameters"]}
-        found = read_sealed(folder / FIGURES) if (folder / FIGURES).exists() else {}
+        found = read_figures(folder) if (folder / FIGURES).exists() else {}
         return {**unknown, **found, "from": f"cache {folder.name}"}
 
     def keep_figures(self, found: Mapping[str, Any]) -> None:
-        write_atomic(self.folders["test"] / FIGURES, seal(dict(found)))
+        folder = self.folders["test"]
+        write_atomic(folder / FIGURES, seal({"of": folder.name, "figures": dict(found)}))
 
 
 def _sparse(recipe: Recipe) -> Sparse:
@@ -239,7 +241,7 @@ def recalled(answers: Answers, sources: Sources, data: Data) -> Known | None:
     answers.parts.shapes_teacher = {
         c.name.removeprefix("features/"): (1, *c.shape) for c in manifest.columns if c.name.startswith("features/")
     }
-    class_map(known, data)
+    _refuse_subset(answers, class_map(known, data), known.num_classes)
     return known
 
 
@@ -261,6 +263,13 @@ def _refuse_precision(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
             problems.append(Problem(f"teacher.{name}", text, "Leave it out to use them, or name another teacher_cache.path."))
     if problems:
         raise UsageError(problems)
+
+
+def _refuse_subset(answers: Answers, columns: np.ndarray[Any, Any] | None, classes: int) -> None:
+    """Sparse answers are shares of all the teacher's classes: they cannot be told for some of them."""
+    if answers.sparse is not None and columns is not None and len(columns) < classes:
+        text = f"is sparse, which is for a teacher of the data's own classes, and this one has {classes:,} for the data's {len(columns):,}."
+        raise UsageError(Problem("teacher_cache.codec", text, "Use float16."))
 
 
 @dataclass(frozen=True)
@@ -337,6 +346,9 @@ def identify(answers: Answers, model: Model, sources: Sources | None) -> Identit
     for purpose, split in (("teach", answers.parts.data.train), ("test", answers.parts.data.test)):
         lengths = answers.parts.lengths(split, model.preprocessing)
         answers.requests[purpose] = [replace(request, lengths=lengths) for request in answers.requests[purpose]]
+    _refuse_subset(answers, class_map(model, answers.parts.data), model.num_classes)
+    for folder in answers.folders.values():
+        refuse_orphans(folder)
     if (answers.folders["teach"] / "manifest.json").exists():
         _refuse_precision(answers.recipe, answers.folders["teach"], read_manifest(answers.folders["teach"]))
     return found
@@ -348,7 +360,10 @@ def announce(answers: Answers, found: Identity, *, may_fall_back: bool) -> tuple
     Raises: UsageError in mode ``require`` where something is missing, and where the disk would not hold it.
     """
     notes, need = [], 0
-    for purpose, what in (("teach", f"{answers.rows('teach'):,} answers ({_views(len(answers.requests['teach']))})"), ("test", "test rows")):
+    for purpose, what in (
+        ("teach", f"{answers.rows('teach'):,} answers ({_views(len(answers.requests['teach']))})"),
+        ("test", "test rows"),
+    ):
         folder, lacking = answers.folders[purpose], answers.lacking(purpose)
         size = row_bytes(found.columns[purpose])
         need += lacking * size

@@ -158,9 +158,11 @@ def distill(
             out=folder,
             resume=resume,
             seeds=seeds,
-            sources=lambda: sources(recipe.teacher, data=loaded, base=base, max_length=recipe.data.max_length)
-            if recipe.teacher is not None and isinstance(teacher, str | Path | dict)
-            else None,
+            sources=lambda: (
+                sources(recipe.teacher, data=loaded, base=base, max_length=recipe.data.max_length)
+                if recipe.teacher is not None and isinstance(teacher, str | Path | dict)
+                else None
+            ),
         )
         if finished(folder):
             same_run(folder, recipe, seeds)

@@ -164,6 +164,12 @@ def label(
     data: DataSource = None,
     task: Task = None,
     epochs: Epochs = None,
+    ids: Annotated[
+        str | None,
+        typer.Option(
+            "--ids", metavar="FILE.csv", help="Only write split, row, id and label of every sample: what logits:FILE is keyed by."
+        ),
+    ] = None,
     verify_cache: VerifyCache = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -178,8 +184,12 @@ def label(
     def work() -> dict[str, Any]:
         problems, count = _whole("--verify-cache", verify_cache, 0, 1_000_000)
         loaded, base = _loaded("distill", recipe, options, sets or [], problems)
+        from limbeck.label import ids_of
         from limbeck.label import label as fill
 
+        if ids is not None:
+            print(f"{ids_of(loaded, base, Path(ids)):,} samples are in {ids}.")
+            return {"ids": ids}
         return dict(fill(loaded, base=base, progress="plain" if json else "auto", dry_run=dry_run, verify_cache=count))
 
     emit(work, json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -118,37 +117,42 @@ class Work:
     step: Callable[[], object]
 
 
-def measure(engines: list[Engine], prepare: Callable[[Engine], Work], repeats: int = 3) -> tuple[Engine, dict[str, Any]]:
+def measure(
+    engines: list[Engine], prepare: Callable[[Engine], Work], turns: tuple[int, int] = (2, 6), seconds: float = 4.0
+) -> tuple[Engine, dict[str, Any]]:
     """Time the same work under each engine and choose.
 
     The first engine is the reference: another is taken if its vector (gradients, or logits) has a cosine of at least 0.99 with the
-    reference's and its step is at least 1.2 times as fast (median of ``repeats`` after a warm-up).
+    reference's and its step is at least 1.2 times as fast. They take turns, forwards and then backwards, so that a machine that gets slower
+    meanwhile is not held against one of them: at least ``turns[0]`` of them, and up to ``turns[1]`` within ``seconds``. A turn is one step as
+    warm-up and two that are timed. The fastest step counts, which others on the machine disturbed least.
 
     Returns the choice and a record for environment.json: milliseconds and cosine of each, and the reason.
     """
     reference = engines[0]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [{"precision": e.precision, "layout": e.layout, "ms": None, "cosine": None} for e in engines]
     baseline: Tensor | None = None
-    for engine in engines:
-        try:
-            work = prepare(engine)
-            vector = work.vector().detach().double().flatten()
-            baseline = vector if baseline is None else baseline
-            cosine = float(torch.nn.functional.cosine_similarity(vector, baseline, dim=0))
-            work.step()
-            seconds: list[float] = []
-            while len(seconds) < repeats and sum(seconds) < 10:
-                _synchronise(engine.device)
-                start = time.perf_counter()
+    began = time.perf_counter()
+    for turn in range(turns[1]):
+        if turn >= turns[0] and time.perf_counter() - began > seconds:
+            break
+        for engine, row in list(zip(engines, rows, strict=True))[:: -1 if turn % 2 else 1]:
+            if "error" in row or (row["ms"] or 0) > 5000:  # what takes so long needs no second look
+                continue
+            try:
+                work = prepare(engine)
+                if turn == 0:
+                    vector = work.vector().detach().double().flatten()
+                    baseline = vector if baseline is None else baseline
+                    row["cosine"] = float(torch.nn.functional.cosine_similarity(vector, baseline, dim=0))
                 work.step()
-                _synchronise(engine.device)
-                seconds.append(time.perf_counter() - start)
-            row = {"precision": engine.precision, "layout": engine.layout, "ms": 1000 * statistics.median(seconds), "cosine": cosine}
-        except RuntimeError as e:
-            if engine == reference:
-                raise
-            row = {"precision": engine.precision, "layout": engine.layout, "ms": None, "cosine": None, "error": str(e).splitlines()[0]}
-        rows.append(row)
+                for _ in range(2):
+                    ms = 1000 * _seconds(work.step, engine.device)
+                    row["ms"] = ms if row["ms"] is None else min(row["ms"], ms)
+            except RuntimeError as e:
+                if engine == reference:
+                    raise
+                row |= {"ms": None, "cosine": None, "error": str(e).splitlines()[0]}
     base = rows[0]["ms"]
     eligible = [
         (row["ms"], engine)
@@ -165,6 +169,14 @@ def measure(engines: list[Engine], prepare: Callable[[Engine], Work], repeats: i
         "measured": rows,
         "reason": f"{chosen.label()} took {ms:.1f} ms, {reference.label()} {base:.1f} ms ({base / ms:.1f} times faster)",
     }
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    step()
+    _synchronise(device)
+    return time.perf_counter() - start
 
 
 def _synchronise(device: torch.device) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from limbeck._folder import Stop
 from limbeck._teaching import VERIFIED, engine_of_teacher, keep_answers
-from limbeck.cache import read_manifest
+from limbeck.cache import read_manifest, tidy, write_ids
+from limbeck.data import load_data
 from limbeck.engine import Engine
 from limbeck.errors import Problem, UsageError
 from limbeck.progress import Progress
@@ -17,7 +18,7 @@ from limbeck.recipe import Recipe
 from limbeck.spine import Job, begin, job_of
 from limbeck.teacher import Meter
 
-__all__ = ["label", "label_job"]
+__all__ = ["ids_of", "label", "label_job"]
 
 
 def label(recipe: Recipe, *, base: Path, progress: str = "auto", dry_run: bool = False, verify_cache: int | None = None) -> dict[str, Any]:
@@ -31,7 +32,14 @@ def label(recipe: Recipe, *, base: Path, progress: str = "auto", dry_run: bool =
             text = "asks the teacher in every step, so there is nothing to fill."
             key = "mode" if recipe.teacher_cache.mode == "off" else "views"
             raise UsageError(Problem(f"teacher_cache.{key}", text, "Leave it out."))
+        if recipe.teacher_cache.mode == "require":  # of the runs that will read what is filled here
+            recipe = recipe.model_copy(update={"teacher_cache": recipe.teacher_cache.model_copy(update={"mode": "auto"})})
         return label_job(job_of(recipe, base, Path(), verify_cache=verify_cache), shown, dry_run=dry_run)
+
+
+def ids_of(recipe: Recipe, base: Path, file: Path) -> int:
+    """Write ``split,row,id,label`` of every sample of a recipe's data to a CSV file; returns how many there are."""
+    return write_ids(load_data(absolute(recipe, base).data, recipe.task, base), file)
 
 
 def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
@@ -42,7 +50,8 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
         text = "has to be trained on this data first, which `limbeck distill` does."
         raise UsageError(Problem("teacher", text, "Train it with `limbeck train`, and name it as run:DIR."))
     answers = begun.answers
-    assert answers is not None
+    if answers is None:  # the disk would not hold them
+        raise UsageError(Problem("teacher_cache", begun.cached[1], "Name another path, take fewer views, or codec: sparse."))
     for note in begun.notes:
         progress.say(note)
     asked = sum(answers.lacking(purpose) for purpose in answers.folders) if begun.model is not None else 0
@@ -68,6 +77,9 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
             )
         meter.close()
         seconds = meter.seconds or 0.0
+    if not dry_run:
+        for folder in answers.folders.values():
+            tidy(folder)
     rows = {purpose: answers.rows(purpose) for purpose in answers.folders}
     result = {
         "cache": {purpose: str(folder) for purpose, folder in answers.folders.items()},

@@ -265,9 +265,9 @@ class _Term(nn.Module):
         items = batch.student["attention_mask"].shape if by_token else batch.mask.shape
         tensors = [self._tensor(what, student, teacher, batch) for what in self.entry.reads]
         for what, x in zip(self.entry.reads, tensors, strict=True):
-            if x.shape[: len(items)] != items:
+            if tuple(x.shape[: len(items)]) != tuple(items):
                 raise UsageError(_misfit(self.name, what, self.layers, x, items))
-        if "teacher.logits" in self.entry.reads and tensors[0].shape != tensors[1].shape:
+        if "teacher.logits" in self.entry.reads and tuple(tensors[0].shape) != tuple(tensors[1].shape):
             raise UsageError(Problem(self.name, f"the student has {tensors[0].shape[-1]} classes and the teacher {tensors[1].shape[-1]}."))
         if rows is not None:
             tensors = [x[rows] for x in tensors]
@@ -275,14 +275,18 @@ class _Term(nn.Module):
             tensors = [x.flatten(0, 1) for x in tensors]
         if not len(tensors[0]):
             return raised(tensors[0]).flatten(1).sum(1)
-        values: Tensor = self.loss(*tensors, **{k: value_at(v, progress) if isinstance(v, Schedule) else v for k, v in self.values.items()})
+        loss: Any = self.loss if isinstance(tensors[-1], Tensor) else self.entry.sparse
+        values: Tensor = loss(*tensors, **{k: value_at(v, progress) if isinstance(v, Schedule) else v for k, v in self.values.items()})
         return values
 
-    def _tensor(self, what: str, student: Outputs, teacher: Signal | None, batch: Batch) -> Tensor:
+    def _tensor(self, what: str, student: Outputs, teacher: Signal | None, batch: Batch) -> Any:
+        """A tensor, or :class:`SparseLogits`, which is indexed like one; that the loss can use it was judged when the recipe was read."""
         if what == "labels":
             return batch.labels
         side, kind = what.split(".")
         given = student if side == "student" else teacher
+        if teacher is not None and teacher.sparse is not None and what == "teacher.logits":
+            return teacher.sparse
         found = None if given is None else given.logits if kind == "logits" else given.features[self.layers[side]]
         if found is None:
             raise ValueError(f"{self.name} reads {what}, which was not given")

@@ -7,7 +7,7 @@ options, :func:`build_recipe` judges plain values.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from limbeck import _recipe_check as check
 from limbeck import _recipe_merge as merging
 from limbeck import _recipe_paths as paths
 from limbeck._recipe_yaml import read_yaml
-from limbeck.errors import Problem, UsageError
+from limbeck.errors import Problem, UsageError, listed
 from limbeck.losses import LOSSES
 from limbeck.objective import check_terms, needs_of
 from limbeck.recipe import Command, Recipe, Term, defaulted
@@ -241,7 +241,48 @@ def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Prob
             used = ", ".join(t.loss for t in terms)
             text = f"no term of the objective uses the teacher (the terms: {used})."
             problems.append(Problem("objective", text, "Add kd (--alpha above 0), or use `limbeck train`."))
+        problems += _kept_answers(plain, terms)
     return problems
+
+
+def _kept_answers(plain: Mapping[str, Any], terms: Sequence[Term]) -> Iterator[Problem]:
+    """What a term asks of a teacher's answers, against the form in which they are kept or given."""
+    value = defaulted(plain)
+    _, needs = needs_of(terms)
+    model, store, codec = value("teacher.model"), value("teacher_cache.store"), value("teacher_cache.codec")
+    if isinstance(model, str) and paths.split_name(model)[0] == "logits" and needs.features:
+        yield Problem("objective", f"a term reads the teacher's layer '{needs.features[0]}', and {model} has logits alone.")
+    if store == "features" and needs.logits:
+        yield Problem("teacher_cache.store", "is features, and a term of the objective reads the teacher's logits.", "Use both.")
+    if store == "logits" and needs.features:
+        yield Problem("teacher_cache.store", f"is logits, and a term reads the teacher's layer '{needs.features[0]}'.", "Use both.")
+    if store in ("features", "both") and not needs.features:
+        yield Problem("teacher_cache.store", f"is {store}, and no term of the objective names a layer of the teacher.", "Leave it out.")
+    if codec != "sparse" or value("teacher_cache.mode") == "off" or value("teacher_cache.views") == "live":
+        return
+    told = value("teacher_cache.temperature")
+    temperatures: list[Any] = [told] if isinstance(told, int | float) else []
+    for i, term in enumerate(terms):
+        entry = LOSSES[term.loss]
+        if "teacher.logits" not in entry.reads:
+            continue
+        if entry.sparse is None:
+            exact = listed([e.name for e in LOSSES.values() if e.sparse is not None])
+            text = f"{term.loss} would be biased on the sparse codec, which is for {exact} alone."
+            yield Problem(f"objective.{i}.loss", text, "Use teacher_cache.codec: float16.")
+            continue
+        own = (term.model_extra or {}).get("temperature", entry.parameters["temperature"].default)
+        if not isinstance(own, int | float):
+            yield Problem(
+                f"objective.{i}.temperature", "changes over training, and the sparse codec keeps one temperature.", "Use codec: float16."
+            )
+        elif temperatures and own != temperatures[0]:
+            text = f"is {own:g}, and the sparse codec keeps probabilities of temperature {temperatures[0]:g}: any other would be biased."
+            yield Problem(f"objective.{i}.temperature", text, "Use codec: float16, or one temperature.")
+        else:
+            temperatures.append(own)
+    if not needs.logits:
+        yield Problem("teacher_cache.codec", "sparse is for logits, and no term reads the teacher's.", "Leave it out.")
 
 
 def _respelt(problem: Problem, spelt: Mapping[str, str]) -> Problem:

@@ -18,6 +18,7 @@ from limbeck import checkpoint
 from limbeck._choices import explicit, resolved, snapshot, student_choice
 from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
 from limbeck._parts import Parts
+from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
 from limbeck._teaching import (
     VERIFIED,
@@ -34,7 +35,7 @@ from limbeck._teaching import (
     wants_cache,
 )
 from limbeck.analysis import analyse
-from limbeck.cache import CachedTeacher
+from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
 from limbeck.engine import Engine, check_precision, choose_device
 from limbeck.errors import Problem, Stopped, UsageError
@@ -159,6 +160,7 @@ def job_of(
 @dataclass
 class Begun:
     """A job of which everything that can be wrong has been looked at, and nothing been written. known: the teacher; model: where it is loaded;
+    table: where it is a file of logits;
     columns: its output for each class of the data; answers: its cache, None where it is asked in every step; found: whose cache that is."""
 
     device: torch.device
@@ -169,6 +171,7 @@ class Begun:
     facts: dict[str, Any]
     known: Known | None = None
     model: Model | None = None
+    table: TableTeacher | None = None
     columns: np.ndarray[Any, Any] | None = None
     to_train: bool = False
     answers: Answers | None = None
@@ -188,7 +191,13 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=_has_batch_statistics(student))
     begun = Begun(device, student, parts, None, [], {})  # type: ignore[arg-type]
     told: Sources | None = None
-    if job.build_teacher is not None and recipe.teacher is not None:
+    if recipe.teacher is not None and recipe.teacher.model.startswith("logits:"):
+        begun.table = _table(recipe, data, parts, device)
+        begun.columns = begun.table.columns
+        begun.known = Known(
+            recipe.teacher.model, student.preprocessing, None, None, begun.table.num_classes, begun.table.sha256, None, begun.table.notes
+        )
+    elif job.build_teacher is not None and recipe.teacher is not None:
         begun.cached = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
         begun.answers = Answers(recipe, parts) if begun.cached[0] else None
         training = recipe.teacher.train
@@ -225,6 +234,17 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     return begun
 
 
+def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> TableTeacher:
+    """A teacher that is a file of logits; they are of the samples as they are, so views of them would teach something else."""
+    assert recipe.teacher is not None
+    if parts.augment is not None:
+        text = "makes other versions of the samples than those that the teacher's logits are of."
+        raise UsageError(Problem("data.augment", text, "Set data.augment: none, or name a teacher that can be asked."))
+    table = TableTeacher(Path(recipe.teacher.model.removeprefix("logits:")), data, device)
+    table.columns = class_map(table, data)
+    return table
+
+
 def keep(begun: Begun, told: Sources | None) -> None:
     """Find the directories of a loaded teacher's answers, or fall back to asking it in every step where the disk would not hold them."""
     assert begun.answers is not None
@@ -248,7 +268,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     for note in [*begun.notes, _summary(data, begun)]:
         progress.say(note)
     if dry_run:
-        return _dry_run(job, begun, progress)
+        return make_plan(job, begun, recorded[0] if recorded is not None and "choices" in recorded[1] else recipe, progress)
 
     stop = Stop()
     resumed: dict[str, list[int]] = {}
@@ -271,8 +291,15 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
         environment = recorded[1] if recorded is not None else {}
         known = "choices" in environment
         teacher, choices = _teacher_at_work(job, begun, meter, progress, stop, recorded[0] if recorded is not None and known else recipe)
-        cost.cached = teacher if isinstance(teacher, CachedTeacher) else None
+        cost.cached = teacher if isinstance(teacher, CachedTeacher | TableTeacher) else None
         shared = _Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed)
+        if begun.table is not None and begun.table.test is not None:
+            shared.teacher_logits = begun.table.test if begun.columns is None else begun.table.test[:, begun.columns]
+            shared.teacher_figures = {
+                "metrics": metrics(shared.teacher_logits, data.test.labels),
+                **_UNMEASURED,
+                "from": str(begun.table.path),
+            }
         if begun.answers is not None:
             shared.teacher_logits, shared.teacher_figures = _teacher_on_record(begun, shared, meter)
         if recorded is None or not known:
@@ -319,6 +346,8 @@ def _teacher_at_work(
     if begun.known is None:
         return None, None
     device, model, answers = begun.device, begun.model, begun.answers
+    if begun.table is not None:
+        return begun.table, None
 
     def choice() -> tuple[Engine, dict[str, Any]]:
         assert model is not None
@@ -366,6 +395,7 @@ def _teacher_on_record(begun: Begun, shared: _Shared, meter: Meter | None) -> tu
     return logits, {"metrics": found, **measured}
 
 
+_UNMEASURED: dict[str, Any] = {"parameters": None, "bytes": None, "flops": None, "latency_ms": None, "throughput": None}
 _NOTHING: dict[str, Any] = {"teacher_items": 0, "teacher_seconds": 0.0, "cache_hits": 0, "total_seconds": 0.0}
 
 
@@ -374,7 +404,7 @@ class _Cost:
 
     def __init__(self, path: Path, meter: Meter | None, began: float) -> None:
         self.path, self.meter, self.began = path, meter, began
-        self.cached: CachedTeacher | None = None
+        self.cached: CachedTeacher | TableTeacher | None = None
         self.before = {**_NOTHING, **(read_json(path) if path.is_file() else {})}
 
     def so_far(self) -> dict[str, Any]:
@@ -449,7 +479,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
 
         logits: dict[str, np.ndarray[Any, Any]] = {}
         measured: dict[str, Any] = {}
-        if teacher is not None:
+        if isinstance(teacher, LiveTeacher) or shared.teacher_logits is not None:
             stop.between("the evaluation of the teacher")
             logits["teacher"], measured["teacher"] = _evaluate_teacher(shared)
         for role in ("baseline", "student"):  # the student last: its weights stay in the module
@@ -680,12 +710,14 @@ def _summary(data: Data, begun: Begun) -> str:
 
 def _parameters(begun: Begun) -> dict[str, int]:
     student = {"student": sum(p.numel() for p in begun.student.module.parameters())}
-    return student if begun.known is None else {"teacher": begun.known.parameters, **student}
+    if begun.known is None or begun.known.parameters is None:
+        return student
+    return {"teacher": begun.known.parameters, **student}
 
 
 def _warnings(student: Model, teacher: Known | None, to_train: bool) -> list[str]:
     """What a person should know before the run, and is free to do."""
-    if teacher is None:
+    if teacher is None or teacher.parameters is None:
         return []
     notes = []
     small, large = sum(p.numel() for p in student.module.parameters()), teacher.parameters
@@ -711,23 +743,6 @@ def _where(engines: dict[str, Engine], device: torch.device) -> dict[str, Any]:
         "teacher_precision": engines["teacher"].precision if "teacher" in engines else None,
         "teacher_layout": engines["teacher"].layout if "teacher" in engines else None,
     }
-
-
-def _dry_run(job: Job, begun: Begun, progress: Progress) -> dict[str, Any]:
-    """What would be done; nothing is written."""
-    feed = begun.parts.feed(job.recipe, with_teacher=begun.known is not None)
-    plan = {
-        "dry_run": True,
-        "task": job.recipe.task,
-        "out": str(job.out),
-        "classes": len(job.data.classes),
-        "samples": {"train": len(job.data.train), "valid": len(job.data.valid), "test": len(job.data.test)},
-        "steps": feed.plan.total_steps,
-        "parameters": _parameters(begun),
-    }
-    for key, value in plan.items():
-        progress.say(f"{key}: {value}")
-    return plan
 
 
 def _sampler(data: Data) -> Callable[[int], dict[str, Any]]:

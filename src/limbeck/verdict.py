@@ -32,6 +32,12 @@ def verdict(models: dict[str, Any], interval: list[float] | None, seeds: int, so
     student, baseline, teacher = accuracy("student"), accuracy("baseline"), accuracy("teacher")
     assert student is not None
     what = "accuracy" if seeds == 1 else f"mean accuracy over {seeds} seeds"
+    if teacher is None and baseline is not None:
+        spread = "" if interval is None else f" (95 % interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}, {source})"
+        bought = (
+            f"{100 * (student - baseline):+.1f} points against the same student trained without the teacher ({_percent(baseline)}){spread}"
+        )
+        return f"The student reaches {_percent(student)} test {what}, {bought}; the teacher's own accuracy is unknown."
     if teacher is None:
         return f"The model reaches {_percent(student)} test {what}; it was trained without a teacher."
     reached = f"The student reaches {_percent(student)} test {what}"

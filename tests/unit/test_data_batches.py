@@ -297,29 +297,53 @@ def test_workers_change_nothing() -> None:
     assert content(stream(build, iter(requests), workers=2)) == direct
 
 
-class Failing:
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+class Timed:
+    """Builds in about so many seconds, and fails at step 5 if asked to."""
+
+    def __init__(self, seconds: float, error: Exception | None = None) -> None:
+        self.seconds, self.error = seconds, error
+        self.build = BatchBuilder(images(), student=PLAIN, num_classes=3)
 
     def __call__(self, request: Request) -> Batch:
-        if request.step == 2:
+        if request.step == 5 and self.error is not None:
             raise self.error
-        split = images()
-        return BatchBuilder(split, student=PLAIN, num_classes=3)(request)
+        if self.seconds:
+            time.sleep(self.seconds)
+        return self.build(request)
 
 
-def test_errors_and_early_ends_stop_the_thread() -> None:
+def in_the_background() -> bool:
+    return any(t.name == "limbeck-batches" for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005])
+def test_batches_are_the_same_with_and_without_a_thread(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limbeck.data.loader._QUICK", 1e-3 if seconds else 1e9)
+    requests = [Request(s, 0, 0, np.arange(s % 3, 5)) for s in range(12)]
+    batches = stream(Timed(seconds), iter(requests), workers=0)
+    found = [next(batches) for _ in range(6)]
+    assert in_the_background() == bool(seconds), "what is made at once needs no thread"
+    found += list(batches)
+    assert content(iter(found)) == [
+        (r.step, b.student["image"].numpy().tobytes(), b.ids.tobytes()) for r, b in zip(requests, map(Timed(0.0), requests), strict=True)
+    ]
+    assert not in_the_background()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005])
+def test_errors_and_early_ends_stop_the_thread(seconds: float) -> None:
     requests = [Request(s, 0, 0, np.arange(2)) for s in range(50)]
     for error in (LimbeckError("cat.png changed"), ZeroDivisionError("a bug")):
         seen: list[int] = []
         with pytest.raises(type(error)) as e:
-            seen.extend(request.step for request, _ in stream(Failing(error), requests, workers=0))
+            seen.extend(request.step for request, _ in stream(Timed(seconds, error), requests, workers=0))
         assert e.value is error
-        assert seen == [0, 1]
-    batches = stream(BatchBuilder(images(), student=PLAIN, num_classes=3), iter(requests), workers=0)
-    next(batches)
+        assert seen == [0, 1, 2, 3, 4]
+    batches = stream(Timed(seconds), iter(requests), workers=0)
+    for _ in range(5):
+        next(batches)
     batches.close()
-    assert not [t for t in threading.enumerate() if t.name == "limbeck-batches"]
+    assert not in_the_background()
 
 
 def test_a_missing_file_in_a_worker_is_a_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,8 +318,6 @@ def test_wrong_folders_get_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_index_spares_reading_and_a_changed_file_is_found_when_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     folder(tmp_path)
     for path in tmp_path.rglob("*.png"):
         os.utime(path, (1e9, 1e9))
@@ -332,6 +332,82 @@ def test_the_index_spares_reading_and_a_changed_file_is_found_when_it_is_decoded
     os.utime(victim, (1e9, 1e9))
     with pytest.raises(LimbeckError, match=r"cat/0\.png changed"):
         again.test.read(np.arange(12))
+
+
+def never(*_: object) -> None:
+    pytest.fail("an image was decoded again")
+
+
+def test_an_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path)
+    source = load("imagefolder:.", tmp_path).train.source
+    rows = np.arange(len(source))
+    first = source.read(rows)
+    again = load("imagefolder:.", tmp_path).train.source
+    monkeypatch.setattr("limbeck.data.sources.decode", never)
+    assert np.array_equal(source.read(rows[::-1]), first[::-1])
+    assert np.array_equal(pickle.loads(pickle.dumps(source)).read(rows), first), "a worker reads what the others have decoded"
+    assert np.array_equal(again.read(rows), first)
+
+
+def test_a_changed_image_is_another_image(tmp_path: Path) -> None:
+    folder(tmp_path)
+    before = load("imagefolder:.", tmp_path).train.source
+    old = before.read(np.arange(len(before)))
+    changed = picture(tmp_path / "train/cat/0.png", 999)
+    os.utime(tmp_path / "train/cat/0.png", (1e9, 1e9))
+    after = load("imagefolder:.", tmp_path).train.source
+    new = after.read(np.arange(len(after)))
+    now = {tuple(i): image.tobytes() for i, image in zip(after.ids.tolist(), new, strict=True)}
+    then = {tuple(i): image.tobytes() for i, image in zip(before.ids.tolist(), old, strict=True)}
+    assert all(now[i] == then[i] for i in now if i in then)
+    assert [now[i] for i in now if i not in then] == [changed.tobytes()]
+    here = after.decoded.path
+    assert [p.name for p in here.parent.iterdir()] == [here.name], "what was kept of the old content is gone"
+
+
+def test_what_is_damaged_is_decoded_again(tmp_path: Path) -> None:
+    folder(tmp_path)
+    source = load("imagefolder:.", tmp_path).train.source
+    rows = np.arange(len(source))
+    first = source.read(rows)
+    path = source.decoded.path
+    whole = path.read_bytes()
+    slot = len(whole) // len(rows)
+    for place in (0, 20, slot - 1, slot, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        fresh = pickle.loads(pickle.dumps(source))
+        assert np.array_equal(fresh.read(rows), first)
+        assert path.read_bytes() == whole, "and mended"
+    path.write_bytes(whole[slot : 2 * slot] + whole[:slot] + whole[2 * slot :])  # each whole, in the other's place
+    assert np.array_equal(pickle.loads(pickle.dumps(source)).read(rows), first)
+    path.write_bytes(whole[: slot + 7])
+    assert np.array_equal(pickle.loads(pickle.dumps(source)).read(rows), first)
+    assert path.read_bytes() == whole
+
+
+def test_decoded_images_take_no_more_than_their_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "a")
+    folder(tmp_path / "b")
+    a, b = (load("imagefolder:.", tmp_path / name).train.source for name in "ab")
+    rows = np.arange(len(a))
+    first = a.read(rows)
+    monkeypatch.setattr("limbeck.data.decoded.BUDGET", a.decoded.path.stat().st_size * 3 // 2)
+    assert np.array_equal(b.read(rows), first)
+    assert not b.decoded.path.exists(), "another's that is in use stays"
+    os.utime(a.decoded.path, (1e9, 1e9))
+    assert np.array_equal(pickle.loads(pickle.dumps(b)).read(rows), first)
+    assert [p.name for p in b.decoded.path.parent.iterdir()] == [b.decoded.path.name]
+
+
+def test_nothing_is_kept_where_that_is_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "file"))
+    source = load("imagefolder:.", tmp_path).train.source
+    assert len(source.read(np.arange(3))) == 3
+    picture(tmp_path / "train/dog/other.png", 5, (31, 7))
+    assert load("imagefolder:.", tmp_path).train.source.decoded is None, "images of several sizes"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "GIF", "exif"])

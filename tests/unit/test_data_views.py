@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,28 @@ def test_lists_and_arrays_of_the_same_images_give_the_same_views() -> None:
     as_array = image_views(pixels, ids, 5, ALL, 1)
     as_list = image_views(list(pixels), ids, 5, ALL, 1)
     assert all(np.array_equal(a, b) for a, b in zip(as_array, as_list, strict=True))
+
+
+GOLDEN = {
+    "crop": "dceb2e97f3cfbf3a",
+    "flip": "04669e33ca204896",
+    "erase": "6efb08002670be0d",
+    "resized_crop": "f96ea860aa32c37f",
+    "all": "18d846510c144aed",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_bytes_of_views_stay_what_they_were(name: str) -> None:
+    """A teacher's answers are kept by (id, view): if views change their bytes, the answers are wrong and nobody notices."""
+    augment = (AUGMENTS | {"all": Augment(resized_crop=(0.5, 1.0), flip=True, erase=0.5)})[name]
+    digest = hashlib.sha256()
+    for size, channels in ((12, 3), (9, 1)):
+        pixels = np.random.default_rng(0).integers(1, 256, (40, size, size + 3, channels), dtype=np.uint8)
+        for view in range(3):
+            for image in image_views(pixels, array_ids(pixels), view, augment, 1):
+                digest.update(f"{image.shape}".encode() + image.tobytes())
+    assert digest.hexdigest()[:16] == GOLDEN[name]
 
 
 def test_a_crop_is_a_window_of_the_zero_padded_image_and_every_window_occurs() -> None:

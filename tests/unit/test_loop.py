@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,15 @@ def test_the_global_generator_comes_back(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.fixture(params=["looked at at once", "looked at a step later"])
+def looking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As on a CPU, and as on CUDA, where reading a value would make the device wait."""
+    if "later" in request.param:
+        monkeypatch.setattr(Engine, "asynchronous", True)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("looking")
 def test_nan_in_the_teacher_stops_at_that_step_and_names_it(tmp_path: Path) -> None:
     data = toy_data(80)
     teacher = LiveTeacher(wrap_module(made(Big, "teacher"), role="teacher", data=data), Engine(torch.device("cpu"), "float64"))
@@ -294,13 +304,111 @@ class Exploding(Small):
         return self.head(_BadGradient.apply(self.body(x)))
 
 
-def test_an_infinite_gradient_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("looking")
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_infinite_gradient_stops_before_the_weights_are_touched(tmp_path: Path, optimizer: str) -> None:
     data = toy_data()
     module = made(Exploding, "student")
     before = state_bytes(module)
     with pytest.raises(NonFinite, match=r"Step 1 of the student: the loss is finite but the gradient of body.weight"):
-        run_fit(tmp_path, data=data, student=wrap_module(module, role="student", data=data))
+        run_fit(
+            tmp_path,
+            data=data,
+            student=wrap_module(module, role="student", data=data),
+            train=settings(optimizer=optimizer, clip_norm=None, log_every=100),
+        )
     assert state_bytes(module) == before
+
+
+@pytest.mark.usefixtures("looking")
+@pytest.mark.parametrize("steps", [5, 7])  # between two checkpoints, and at the step of one
+@pytest.mark.parametrize("bad", ["the teacher's logits", "an infinite loss with a finite gradient"])
+def test_the_weights_are_those_before_the_bad_step(tmp_path: Path, steps: int, bad: str) -> None:
+    """Nothing of the bad step, and nothing of the one after it, where that has begun before somebody looked."""
+    data = toy_data(80)
+
+    def go(folder: Path, poisoned: int | None, stop: Any = lambda: False) -> dict[str, bytes]:
+        student = wrap_module(made(Small, "student"), role="student", data=data)
+        teacher = LiveTeacher(wrap_module(made(Big, "teacher"), role="teacher", data=data), Engine(torch.device("cpu"), "float64"))
+        poison(teacher.model.module if "teacher" in bad else student.module, poisoned, math.nan if "teacher" in bad else -math.inf)
+        with pytest.raises(Interrupted if poisoned is None else NonFinite) as error:
+            run_fit(
+                folder, data=data, student=student, teacher=teacher, train=settings(log_every=100, clip_norm=0.5, accumulate=2), stop=stop
+            )
+        if poisoned is not None:
+            assert str(error.value).startswith(f"Step {steps + 1} of the student: the term kd")
+            # a logit of -inf is a masked class, and no mistake by itself: then all of the microbatch are named
+            assert len(re.findall("[0-9a-f]{32}", str(error.value))) == (1 if "teacher" in bad else 4)
+        return state_bytes(student.module)
+
+    expected = go(tmp_path / "good", None, StopAfter(steps - 1))
+    assert go(tmp_path / "bad", 2 * steps + 1) == expected
+    assert [p.name for p in (tmp_path / "bad" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def poison(module: nn.Module, call: int | None, value: float) -> None:
+    """Put a value into one of the logits at one call, beside the graph."""
+    calls, real = iter(range(1000)), module.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = real(x)
+        if next(calls) == call:
+            logits = logits.clone()
+            logits.data[1, 2] = value
+        return logits
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def test_looking_later_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = settings(accumulate=2, ema=0.9, clip_norm=0.1, log_every=3)
+    at_once, _ = run_fit(tmp_path / "now", train=train)
+    monkeypatch.setattr(Engine, "asynchronous", True)
+    later, _ = run_fit(tmp_path / "later", train=train)
+    assert state_bytes(at_once.module) == state_bytes(later.module)
+
+
+class Overflowing(Small):
+    """Its gradient overflows where the loss is scaled by more than ``limit``."""
+
+    limit = 2.0**10
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(_Overflow.apply(self.body(x), self.limit))
+
+
+class _Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, limit: float) -> torch.Tensor:
+        ctx.limit = limit
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        scaled = gradient[0].abs().sum()
+        return torch.where(scaled > ctx.limit, math.inf, gradient[0]), None
+
+
+@pytest.mark.usefixtures("looking")
+def test_a_scaled_loss_is_tried_with_half_the_scale_until_there_is_none(tmp_path: Path) -> None:
+    """fp16, by its gradient scaler: steps whose gradient overflows are left out; a gradient that always does stops the run."""
+    data = toy_data(80, dtype=torch.float32)
+
+    def go(name: str, limit: float) -> tuple[nn.Module, nn.Module]:
+        module, before = (made(Overflowing, "student", dtype=torch.float32) for _ in range(2))
+        module.limit = limit
+        teacher = LiveTeacher(
+            wrap_module(made(Big, "teacher", dtype=torch.float32), role="teacher", data=data), Engine(torch.device("cpu"))
+        )
+        student = wrap_module(module, role="student", data=data)
+        run_fit(tmp_path / name, data=data, student=student, teacher=teacher, train=settings(precision="fp16", log_every=100, epochs=4))
+        return module, before
+
+    module, before = go("some", 2.0**10)
+    assert all(bool(v.isfinite().all()) for v in module.state_dict().values())
+    assert state_bytes(module) != state_bytes(before)
+    with pytest.raises(NonFinite, match=r"Step 17 of the student: the loss is finite but the gradient of body.weight"):
+        go("all", 0.0)
 
 
 def test_a_hint_trains_its_projection_and_leaves_no_hook(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from limbeck.cache._codec import Sparse, Stored
-from limbeck.cache._directory import Place, create, default_root, directories, nearest_other, recall
-from limbeck.cache._fill import Request, fill, missing
+from limbeck.cache._directory import Place, create, default_root, directories, nearest_other, recall, refuse_orphans
+from limbeck.cache._fill import Request, fill, missing, tidy
 from limbeck.cache._manage import listing, remove, verify
-from limbeck.cache._manifest import CacheDamaged, Manifest, read_manifest, read_sealed, seal
+from limbeck.cache._manifest import FIGURES, CacheDamaged, Manifest, read_figures, read_manifest, read_sealed, seal
 from limbeck.cache._store import Reader, row_bytes
+from limbeck.cache._table import TableTeacher, write_ids
 from limbeck.cache._teacher import CachedTeacher, compare
 
 __all__ = [
+    "FIGURES",
     "CacheDamaged",
     "CachedTeacher",
     "Manifest",
@@ -19,6 +21,7 @@ __all__ = [
     "Request",
     "Sparse",
     "Stored",
+    "TableTeacher",
     "compare",
     "create",
     "default_root",
@@ -27,11 +30,15 @@ __all__ = [
     "listing",
     "missing",
     "nearest_other",
+    "read_figures",
     "read_manifest",
     "read_sealed",
     "recall",
+    "refuse_orphans",
     "remove",
     "row_bytes",
     "seal",
+    "tidy",
     "verify",
+    "write_ids",
 ]

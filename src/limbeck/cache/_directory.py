@@ -21,7 +21,7 @@ from limbeck.cache._manifest import (
 )
 from limbeck.errors import Problem, UsageError
 
-__all__ = ["Place", "create", "default_root", "directories", "nearest_other", "recall"]
+__all__ = ["Place", "create", "default_root", "directories", "nearest_other", "recall", "refuse_orphans"]
 
 
 def default_root() -> Path:
@@ -47,8 +47,8 @@ class Place:
         return bool(manifest.identity["views"] == self.views and manifest.identity["stored"] == self.stored)
 
 
-def directories(root: Path) -> Iterator[tuple[Path, Manifest | CacheDamaged]]:
-    """Every cache directory under ``root``, or ``root`` itself where it is one."""
+def directories(root: Path) -> Iterator[tuple[Path, Manifest | UsageError]]:
+    """Every cache directory under ``root``, or ``root`` itself where it is one; the error where it is damaged, or of another format."""
     if (root / MANIFEST).exists():
         folders = [root]
     else:
@@ -56,8 +56,8 @@ def directories(root: Path) -> Iterator[tuple[Path, Manifest | CacheDamaged]]:
     for folder in folders:
         try:
             yield folder, read_manifest(folder)
-        except CacheDamaged as damaged:
-            yield folder, damaged
+        except UsageError as unread:
+            yield folder, unread
 
 
 def recall(root: Path, place: Place, sources: Mapping[str, Any]) -> tuple[Path, Manifest] | None:
@@ -82,6 +82,12 @@ def nearest_other(root: Path, identity: Mapping[str, Any], model: str) -> tuple[
     return best
 
 
+def refuse_orphans(folder: Path) -> None:
+    """Raises: CacheDamaged where there are parts and no manifest."""
+    if not (folder / MANIFEST).exists() and any(folder.glob("*.arrow")):
+        raise CacheDamaged(folder / MANIFEST, "is missing, and there are parts beside where it was.")
+
+
 def create(
     root: Path, identity: dict[str, Any], made: dict[str, Any], about: dict[str, Any], columns: tuple[Column, ...]
 ) -> tuple[Path, Manifest]:
@@ -90,14 +96,14 @@ def create(
     Raises: CacheDamaged; UsageError where ``root`` cannot be written.
     """
     folder = root / key_of(identity)
+    refuse_orphans(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UsageError(Problem("teacher_cache.path", f"{root} cannot be written: {e.strerror}.", "Name a folder that can.")) from e
     with locked(folder / ".lock"):
         if not (folder / MANIFEST).exists():
-            if any(folder.glob("*.arrow")):
-                raise CacheDamaged(folder / MANIFEST, "is missing, and there are parts beside where it was.")
+            refuse_orphans(folder)
             write_manifest(folder, Manifest(identity, made, about, columns))
         manifest = read_manifest(folder)
     if manifest.columns != columns:

@@ -6,6 +6,8 @@ every other one, now or after a kill, follows it. A block is what the teacher se
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +22,11 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from limbeck.cache._manifest import Manifest, locked, read_manifest, write_manifest
+from limbeck.cache._manifest import COPY, MANIFEST, Manifest, locked, read_manifest, write_manifest
 from limbeck.cache._store import Reader, row_bytes, write_part
-from limbeck.run import write_atomic
+from limbeck.run import is_left_over, write_atomic
 
-__all__ = ["Ask", "Request", "fill", "missing"]
+__all__ = ["Ask", "Request", "fill", "missing", "read_plan", "tidy"]
 
 Keys = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
@@ -71,10 +73,9 @@ class _Plan:
 
     @property
     def parts(self) -> list[tuple[str, int, int]]:
-        bounds = range(0, len(self.keys), self.rows_of_part)
-        return [
-            (f"v{self.view:05d}-{self.name}-{i:05d}.arrow", b, min(b + self.rows_of_part, len(self.keys))) for i, b in enumerate(bounds)
-        ]
+        """A part is named by the rows in it, so that one that was lost is written again under the name that it had."""
+        bounds = [(b, min(b + self.rows_of_part, len(self.keys))) for b in range(0, len(self.keys), self.rows_of_part)]
+        return [(f"v{self.view:05d}-{_name(self.view, self.keys[a:b], self.rows_of_part)}.arrow", a, b) for a, b in bounds]
 
 
 def fill(
@@ -106,7 +107,7 @@ def _plans(folder: Path, request: Request) -> Iterator[_Plan]:
     known: set[tuple[int, int]] = set()
     while True:
         with locked(folder / ".lock"):  # no part is committed, and no plan made, between looking and planning
-            found = [p for p in map(_read_plan, sorted(folder.glob("plan-*"))) if p is not None and p.view == request.view]
+            found = [p for p in map(read_plan, sorted(folder.glob("plan-*"))) if p is not None and p.view == request.view]
             known = known or ({(int(a), int(b)) for a, b in request.keys} if found else set())
             plans = [p for p in found if all((int(a), int(b)) in known for a, b in p.keys)]
             if not plans:
@@ -133,7 +134,7 @@ def _name(view: int, keys: Keys, rows_of_part: int) -> str:
     return digest.hexdigest()
 
 
-def _read_plan(path: Path) -> _Plan | None:
+def read_plan(path: Path) -> _Plan | None:
     """None where it is gone meanwhile, which says that it was fulfilled, or not what was written: then it is nobody's plan."""
     try:
         with safe_open(path, framework="np") as f:
@@ -183,8 +184,27 @@ def _follow(
         (folder / f"plan-{plan.name}").unlink(missing_ok=True)
         for name, _, _ in plan.parts:
             (locks / name).unlink(missing_ok=True)
-        if locks.is_dir() and not any(locks.iterdir()):
+        with contextlib.suppress(OSError):  # not empty: others are at work
             locks.rmdir()
+
+
+def tidy(folder: Path) -> None:
+    """Put away what processes that were killed left behind, so that a finished directory is the same whoever wrote it."""
+    with locked(folder / ".lock"):  # under which all of these are written
+        for path in [*folder.glob(".manifest*"), *folder.glob(".plan-*")]:
+            if is_left_over(path):
+                path.unlink(missing_ok=True)
+        if not (folder / MANIFEST).exists():
+            return
+        manifest = read_manifest(folder)
+        copy = folder / COPY
+        if not copy.exists() or copy.read_bytes() != (folder / MANIFEST).read_bytes():
+            write_manifest(folder, manifest)
+        if any(folder.glob("plan-*")):
+            return
+        shutil.rmtree(folder / ".locks", ignore_errors=True)
+        for path in folder.glob(".v*.arrow.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def _answers(rows: Int64, request: Request, ask: Ask, block: int, tick: Callable[[int], None]) -> dict[str, npt.NDArray[Any]]:

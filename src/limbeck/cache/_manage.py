@@ -10,15 +10,15 @@ from typing import Any
 import pyarrow as pa
 
 from limbeck.cache._directory import directories
-from limbeck.cache._manifest import COPY, MANIFEST, CacheDamaged, Manifest, locked, read_manifest, read_sealed, write_manifest
+from limbeck.cache._fill import read_plan
+from limbeck.cache._manifest import COPY, FIGURES, MANIFEST, CacheDamaged, Manifest, locked, read_figures, read_manifest, write_manifest
 from limbeck.cache._store import Reader
 from limbeck.errors import Problem, UsageError
 from limbeck.run import write_atomic
 
 __all__ = ["Verified", "listing", "remove", "verify"]
 
-SEALED = ("figures.json",)
-_OWN = {MANIFEST, COPY, ".lock", ".locks", *SEALED}
+_OWN = {MANIFEST, COPY, FIGURES, ".lock", ".locks"}
 
 
 def listing(root: Path) -> list[dict[str, Any]]:
@@ -48,9 +48,9 @@ def listing(root: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _all(root: Path) -> list[tuple[Path, Manifest | CacheDamaged]]:
+def _all(root: Path) -> list[tuple[Path, Manifest | UsageError]]:
     """As :func:`directories`, and those whose manifest is gone."""
-    found = list(directories(root))
+    found: list[tuple[Path, Manifest | UsageError]] = list(directories(root))
     seen = {folder for folder, _ in found}
     for folder in [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []:
         if folder not in seen and ((folder / COPY).exists() or any(folder.glob("v*-*.arrow"))):
@@ -80,8 +80,11 @@ def verify(root: Path, *, repair: bool = False) -> list[Verified]:
     return [_verify_one(folder, manifest, repair) for folder, manifest in found]
 
 
-def _verify_one(folder: Path, manifest: Manifest | CacheDamaged, repair: bool) -> Verified:
+def _verify_one(folder: Path, manifest: Manifest | UsageError, repair: bool) -> Verified:
     result = Verified(folder)
+    if isinstance(manifest, UsageError) and not isinstance(manifest, CacheDamaged):  # of another format: it may be whole
+        result.problems.append(manifest.problems[0].message)
+        return result
     if isinstance(manifest, CacheDamaged):
         result.problems.append(manifest.problems[0].message)
         manifest_ = _restored(folder, result, repair)
@@ -108,15 +111,14 @@ def _verify_one(folder: Path, manifest: Manifest | CacheDamaged, repair: bool) -
         except CacheDamaged as damaged:
             bad.append(part.name)
             result.problems.append(damaged.problems[0].message)
-    for name in SEALED:
-        if (folder / name).exists():
-            try:
-                read_sealed(folder / name)
-            except CacheDamaged as damaged:
-                result.problems.append(damaged.problems[0].message)
-                if repair:
-                    (folder / name).unlink()
-                    result.mended.append(f"{folder / name} was removed.")
+    if (folder / FIGURES).exists():
+        try:
+            read_figures(folder)
+        except CacheDamaged as damaged:
+            result.problems.append(damaged.problems[0].message)
+            if repair:
+                (folder / FIGURES).unlink()
+                result.mended.append(f"{folder / FIGURES} was removed.")
     named = {p.name for p in manifest.parts}
     foreign = sorted(
         p
@@ -142,7 +144,8 @@ def _verify_one(folder: Path, manifest: Manifest | CacheDamaged, repair: bool) -
 def _busy(folder: Path, path: Path) -> bool:
     """Whether somebody is writing this file now: a part that a plan names, or its temporary file."""
     name = path.name.removeprefix(".").removesuffix(".tmp")
-    return any(name.startswith("v") and plan.name.removeprefix("plan-") in name for plan in folder.glob("plan-*"))
+    plans = [read_plan(p) for p in folder.glob("plan-*")] if name.startswith("v") else []
+    return any(name == part for plan in plans if plan is not None for part, _, _ in plan.parts)
 
 
 def _readable(path: Path) -> None:

@@ -17,6 +17,7 @@ from limbeck.run import write_atomic
 
 __all__ = [
     "COPY",
+    "FIGURES",
     "MANIFEST",
     "CacheDamaged",
     "Column",
@@ -25,6 +26,7 @@ __all__ = [
     "differing",
     "key_of",
     "locked",
+    "read_figures",
     "read_manifest",
     "read_sealed",
     "seal",
@@ -33,6 +35,7 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+FIGURES = "figures.json"
 COPY = "manifest.copy.json"
 """The same bytes again: a flipped bit in the manifest must not cost a whole pass of the teacher."""
 
@@ -58,13 +61,14 @@ class Column:
 
 @dataclass(frozen=True)
 class PartEntry:
-    """One Arrow file: rows of one view, in id order. ``first`` is the high word of its first id; ``checksums`` has 16 hex digits (XXH3) for
-    every ``tile`` bytes of the file; ``offsets`` says at which byte each column's values begin."""
+    """One Arrow file: rows of one view, in id order. ``first`` and ``last`` are the high words of its first and last id; ``checksums`` has 16
+    hex digits (XXH3) for every ``tile`` bytes of the file; ``offsets`` says at which byte each column's values begin."""
 
     name: str
     view: int
     rows: int
     first: str
+    last: str
     size: int
     tile: int
     checksums: str
@@ -125,6 +129,14 @@ def read_sealed(path: Path) -> Any:
     return body
 
 
+def read_figures(folder: Path) -> dict[str, Any]:
+    """What was measured of the teacher of a directory. Raises: CacheDamaged, also where it is another directory's."""
+    body = read_sealed(folder / FIGURES)
+    if body.get("of") != folder.name:
+        raise CacheDamaged(folder / FIGURES, "belongs to another directory.")
+    return dict(body["figures"])
+
+
 def key_of(identity: Mapping[str, Any]) -> str:
     """The name of the directory of an identity."""
     return hashlib.sha256(canonical(identity).encode()).hexdigest()[:24]
@@ -170,8 +182,7 @@ def _short(value: Any) -> str:
 def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock on ``file`` while the block runs; it is released when the process dies. Gives False where another holds it and ``wait`` is
     False. Where the file system has no locks it gives True: then work may be done twice, with the same bytes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _opened(file)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -183,3 +194,12 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
         yield held
     finally:
         os.close(descriptor)
+
+
+def _opened(file: Path) -> int:
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another process, which had no more use for the folder, removed it in between
+            continue

@@ -72,14 +72,19 @@ def write_part(
     data = memoryview(written)
     path, temporary = folder / name, folder / f".{name}.tmp"
     with disk_errors(path, len(data)):
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync_folder(folder)
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            sync_folder(folder)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     tile = _tile_size(len(data))
-    return PartEntry(name, view, len(keys), f"{int(keys[0, 0]):016x}", len(data), tile, _checksums(data, tile), _offsets(written))
+    first, last = (f"{int(keys[at, 0]):016x}" for at in (0, -1))
+    return PartEntry(name, view, len(keys), first, last, len(data), tile, _checksums(data, tile), _offsets(written))
 
 
 def _offsets(file: pa.Buffer) -> dict[str, int]:
@@ -169,7 +174,7 @@ class _Map:
 
 @dataclass(frozen=True)
 class _Run:
-    """Parts of one pass over one view: one after the other in id order."""
+    """Parts of one view that lie one after the other in id order."""
 
     firsts: npt.NDArray[np.uint64]
     numbers: tuple[int, ...]
@@ -190,18 +195,26 @@ class Reader:
         self._runs: dict[int, list[_Run]] = {}
         for entry in self.manifest.parts:
             self._present(folder / entry.name, entry)
-            self._runs.setdefault(entry.view, [])
-        for view in self._runs:
-            passes: dict[str, list[int]] = {}
-            for number, entry in enumerate(self.manifest.parts):
-                if entry.view == view:
-                    passes.setdefault(entry.name.rpartition("-")[0], []).append(number)
-            for numbers in passes.values():
-                firsts = np.array([int(self.manifest.parts[n].first, 16) for n in numbers], dtype=np.uint64)
-                by_id = np.argsort(firsts, kind="stable")
-                self._runs[view].append(_Run(firsts[by_id], tuple(numbers[i] for i in by_id)))
+        for view in sorted({entry.view for entry in self.manifest.parts}):
+            self._runs[view] = self._in_order([n for n, entry in enumerate(self.manifest.parts) if entry.view == view])
         if self.manifest.size <= _SMALL:
             self.check_all()
+
+    def _in_order(self, numbers: list[int]) -> list[_Run]:
+        """The parts of a view as few runs: parts of one pass do not overlap, those of a later pass lie between their rows."""
+        ends: list[int] = []
+        members: list[list[int]] = []
+        ranges = [(int(self.manifest.parts[n].first, 16), int(self.manifest.parts[n].last, 16), n) for n in numbers]
+        for first, last, number in sorted(ranges):
+            place = next((i for i, end in enumerate(ends) if end <= first), len(ends))
+            if place == len(ends):
+                ends.append(last)
+                members.append([number])
+            else:
+                ends[place] = last
+                members[place].append(number)
+        firsts = [np.array([int(self.manifest.parts[n].first, 16) for n in run], dtype=np.uint64) for run in members]
+        return [_Run(f, tuple(run)) for f, run in zip(firsts, members, strict=True)]
 
     @staticmethod
     def _present(path: Path, entry: PartEntry) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from limbeck.data.decode import EXTENSIONS, Undecodable, inspect
+from limbeck.data.decoded import Decoded
 from limbeck.data.ids import bytes_id, from_digests
 from limbeck.data.labels import Labels
 from limbeck.data.sources import FileImages
@@ -108,8 +109,10 @@ def _part(
         values[:] = [c for _, c in files]
         labels = Labels(str(folder), values)
     sizes = {(entries[n].height, entries[n].width) for n, _ in files}
-    source = FileImages(root, [n for n, _ in files], ids, channels, index)
-    return Part(str(folder), source, ids, labels, size=sizes.pop() if len(sizes) == 1 else None, channels=channels)
+    size = sizes.pop() if len(sizes) == 1 else None
+    decoded = Decoded(_home(), folder, ids, size, channels) if size is not None else None
+    source = FileImages(root, [n for n, _ in files], ids, channels, index, decoded)
+    return Part(str(folder), source, ids, labels, size=size, channels=channels)
 
 
 def _hidden(name: str) -> bool:
@@ -158,10 +161,13 @@ def _listing(
     return files
 
 
-def _index_path(root: Path) -> Path:
+def _home() -> Path:
     home = os.environ.get("LIMBECK_HOME")
-    base = Path(home) if home else Path.home() / ".cache" / "limbeck"
-    return base / "index" / f"{xxhash.xxh3_128_hexdigest(str(root.resolve()).encode())}.json"
+    return Path(home) if home else Path.home() / ".cache" / "limbeck"
+
+
+def _index_path(root: Path) -> Path:
+    return _home() / "index" / f"{xxhash.xxh3_128_hexdigest(str(root.resolve()).encode())}.json"
 
 
 def _read_index(path: Path) -> dict[str, _Entry]:

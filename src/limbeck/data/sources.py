@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from limbeck.data.decode import Undecodable, decode, to_array
+from limbeck.data.decoded import Decoded
 from limbeck.data.ids import Ids, array_id, bytes_id, from_digests
 from limbeck.errors import LimbeckError
 
@@ -94,7 +95,8 @@ class ImageList:
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
-    """Image files. A file's bytes are read once a visit, and compared with the id that it had when the run started.
+    """Image files. A file's bytes are compared with the id that it had when the run started, whenever it is decoded: once a visit, or once
+    for all where ``decoded`` keeps what came out.
 
     ``index`` is the file that remembers ids by size and time; it is forgotten when one of its ids turns out to be wrong.
     """
@@ -104,6 +106,7 @@ class FileImages:
     ids: Ids
     channels: int
     index: Path | None = None
+    decoded: Decoded | None = None
     kind: Literal["image"] = "image"
     in_memory: bool = False
 
@@ -123,7 +126,16 @@ class FileImages:
         return content
 
     def read(self, rows: Rows) -> Raw:
-        return stacked([self._decode(int(r), None) for r in rows])
+        return stacked([self._image(int(r)) for r in rows])
+
+    def _image(self, row: int) -> Pixels:
+        if self.decoded is None:
+            return self._decode(row, None)
+        kept = self.decoded.read(row, self.ids[row])
+        if kept is None:
+            kept = self._decode(row, None)
+            self.decoded.write(row, self.ids[row], kept)
+        return kept
 
     def preview(self, row: int, draft: int) -> Pixels:
         """One image, possibly decoded smaller, with sides of at least ``draft`` pixels."""

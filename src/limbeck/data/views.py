@@ -156,7 +156,8 @@ def _boxes(
     first = (np.arange(len(draws)), fits.argmax(axis=1))
     h, w = tried_h[first], tried_w[first]
     top, left = (draws[:, -2] * (heights - h + 1)).astype(np.int64), (draws[:, -1] * (widths - w + 1)).astype(np.int64)
-    return np.stack([top, left, h, w], axis=1), fits.any(axis=1)
+    found: npt.NDArray[np.bool_] = np.logical_or.reduce(fits, axis=1)
+    return np.stack([top, left, h, w], axis=1), found
 
 
 def _resized_crops(raw: Pixels | list[Pixels], draws: Floats, area: tuple[float, float]) -> list[Pixels]:

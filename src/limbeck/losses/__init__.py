@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from limbeck.losses._seam import Layer, LossEntry, Parameter, PerClass, Schedulable, raised
 from limbeck.losses.features import Hint
-from limbeck.losses.logits import cross_entropy, kd
+from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 
-__all__ = ["LOSSES", "Hint", "Layer", "LossEntry", "Parameter", "PerClass", "Schedulable", "cross_entropy", "kd", "raised"]
+__all__ = ["LOSSES", "Hint", "Layer", "LossEntry", "Parameter", "PerClass", "Schedulable", "cross_entropy", "kd", "kd_sparse", "raised"]
 
 LOSSES: dict[str, LossEntry] = {
     entry.name: entry
@@ -24,6 +24,7 @@ LOSSES: dict[str, LossEntry] = {
             summary="The classic: match the teacher's softened probabilities. Start here; it also learns from unlabelled samples.",
             source="Hinton et al. 2015, arXiv:1503.02531",
             example={"temperature": 4.0},
+            sparse=kd_sparse,
         ),
         LossEntry(
             name="cross_entropy",

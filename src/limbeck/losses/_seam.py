@@ -121,7 +121,8 @@ class LossEntry:
     first. reads: the tensors it takes, in order. per_item: one value an item that depends on that item alone, so that its gradient does not
     depend on how a step is cut; False for a relational loss, whose values have the published scalar as their mean.
     zero_at: parameters under which the loss is 0 where student and teacher agree; None where it is not. shift_invariant: a constant added
-    to all logits of an item changes nothing. example: a term's parameters, for listings and tests. summary: when to use it. source: where
+    to all logits of an item changes nothing. sparse: the same loss on sparse teacher logits, an unbiased estimate of it at the temperature that they
+    are of; None where such logits would bias it. example: a term's parameters, for listings and tests. summary: when to use it. source: where
     it was published.
     """
 
@@ -134,6 +135,7 @@ class LossEntry:
     summary: str
     source: str
     example: Mapping[str, Any] = field(default_factory=dict)
+    sparse: Callable[..., Any] | None = None
 
     @property
     def learned(self) -> bool:

@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from limbeck.losses._seam import PerClass, Schedulable, raised
+from limbeck.types import SparseLogits
 
-__all__ = ["cross_entropy", "kd"]
+__all__ = ["cross_entropy", "kd", "kd_sparse"]
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -45,6 +46,26 @@ def kd(
     log_teacher = F.log_softmax(raised(teacher).detach() / temperature, dim=-1)
     divergence = _kl(log_teacher, log_student)
     return temperature**2 * divergence
+
+
+def kd_sparse(student: Tensor, teacher: SparseLogits, *, temperature: float = 4.0) -> Tensor:
+    """:func:`kd` where of a teacher's probabilities only a weighted few are kept: ``T^2 * (-entropy - sum of weight * log student)``.
+
+    student: (N, C) logits. teacher: N samples at the same temperature. Returns (N,). Value and gradient are unbiased estimates of kd's, exact
+    where all classes are kept: the entropy is the exact one, and the expectation of the weighted sum is that over all classes
+    (:func:`limbeck.cache._codec.sparse_of`). A single value may lie below 0.
+
+    >>> import math
+    >>> whole = SparseLogits(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]), torch.tensor([math.log(2)]), 2, 1.0)
+    >>> round(float(kd_sparse(torch.tensor([[1.0, 1.0]]), whole, temperature=1.0)), 6)
+    0.0
+    """
+    if temperature != teacher.temperature:
+        raise ValueError(f"the kept probabilities are of temperature {teacher.temperature}, not {temperature}")
+    log_student = F.log_softmax(raised(student) / temperature, dim=-1).gather(-1, teacher.index)
+    weight = teacher.weight.to(log_student.dtype)
+    crossed = torch.where(weight == 0, 0.0, weight * log_student).sum(-1)
+    return temperature**2 * (-teacher.entropy.to(log_student.dtype) - crossed)
 
 
 def cross_entropy(

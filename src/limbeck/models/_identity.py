@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
+import sys
+from enum import Enum
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from limbeck.models._names import parse_name
@@ -23,20 +29,29 @@ __all__ = ["architecture_sha256", "normalised_by_data", "preprocessing_identity"
 
 _LIBRARIES = {"torch", "torchvision", "timm", "transformers", "builtins"}
 _CONFIG_ASIDE = {"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id", "architectures"}
+_MODULE = frozenset(vars(nn.Module()))
+_FROM_FILE = re.compile(r"^limbeck_user_(.+)_[0-9a-f]{16}$")
 _READ = {".json", ".safetensors", ".txt", ".model"}
 
 
 def architecture_sha256(module: nn.Module) -> str:
-    """What a module does with its weights: the class of every part, its plain settings (numbers, words), the source of classes that are no
-    library's, and a Hugging Face configuration without names. Weights are not in it."""
+    """What a module does with its weights: the class of every part, its plain settings (numbers, words, functions), buffers that no state has, the
+    source of what is no library's and of everything that it calls by name, and a Hugging Face configuration without names. Weights and the place
+    of files are not in it."""
     digest = hashlib.sha256()
-    seen: set[type] = set()
+    source = _Source()
     for name, part in module.named_modules():
         kind = type(part)
-        digest.update(f"{name}\x1f{kind.__module__}.{kind.__qualname__}\x1f{json.dumps(_settings(part), sort_keys=True)}\x1e".encode())
-        if kind not in seen and kind.__module__.partition(".")[0] not in _LIBRARIES:
-            digest.update(_source(kind).encode())
-        seen.add(kind)
+        settings = json.dumps(_settings(part, source), sort_keys=True)
+        digest.update(f"{name}\x1f{_home(kind)}.{kind.__qualname__}\x1f{settings}\x1e".encode())
+        source.add(kind)
+        for key in sorted(part._non_persistent_buffers_set):
+            value = part._buffers.get(key)
+            if value is not None:
+                raw = value.detach().to("cpu").contiguous().reshape(-1)
+                digest.update(f"{key}\x1f{raw.dtype}\x1f{tuple(value.shape)}\x1e".encode())
+                digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+    digest.update(source.text().encode())
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         plain = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_ASIDE}
@@ -44,24 +59,116 @@ def architecture_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _settings(part: nn.Module) -> dict[str, Any]:
-    plain = (int, float, str, bool, type(None))
+def _settings(part: nn.Module, source: _Source) -> dict[str, Any]:
+    """Of a person's own class the private ones too; of a library's only what is public."""
+    own = not _is_library(type(part).__module__)
     found: dict[str, Any] = {}
     for name, value in vars(part).items():
-        if name.startswith("_") or name == "training" or isinstance(value, Tensor):
+        if name == "training" or name in _MODULE or name in _CONFIG_ASIDE or (name.startswith("_") and not own):
             continue
-        if isinstance(value, plain):
-            found[name] = value
-        elif isinstance(value, tuple | list) and all(isinstance(v, plain) for v in value):
-            found[name] = list(value)
+        try:
+            found[name] = _plain(value, source)
+        except TypeError:  # tensors (a forward pass may have left them) and other objects
+            continue
     return found
 
 
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed in, or made at run time
-        return ""
+def _plain(value: Any, source: _Source, depth: int = 4) -> Any:
+    """JSON of a setting. Raises TypeError where it is none."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.dtype | torch.device | Enum):
+        return str(value)
+    if depth and isinstance(value, tuple | list):
+        return [_plain(v, source, depth - 1) for v in value]
+    if depth and isinstance(value, set | frozenset):
+        return sorted(str(_plain(v, source, depth - 1)) for v in value)
+    if depth and isinstance(value, dict):
+        return {str(k): _plain(v, source, depth - 1) for k, v in value.items()}
+    if depth and isinstance(value, partial):
+        return [_plain(v, source, depth - 1) for v in (value.func, value.args, value.keywords)]
+    if isinstance(value, FunctionType | BuiltinFunctionType | type):
+        source.add(value)
+        return f"{_home(value)}.{value.__qualname__}"
+    if depth and not isinstance(value, Tensor | nn.Module) and not _is_library(type(value).__module__) and hasattr(value, "__dict__"):
+        kept = {k: _plain(v, source, depth - 1) for k, v in vars(value).items()}
+        return [f"{_home(type(value))}.{type(value).__qualname__}", kept]
+    raise TypeError
+
+
+def _home(thing: Any) -> str:
+    """The module of a class or function, without the mark of where its file lies."""
+    return _FROM_FILE.sub(r"\1", str(thing.__module__))
+
+
+def _is_library(module: str | None) -> bool:
+    top = (module or "").partition(".")[0]
+    return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
+
+
+class _Source:
+    """The source of classes and functions that are no library's, and of what they name: a helper function is part of what a model does."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], str] = {}
+
+    def text(self) -> str:
+        return "\x1e".join(f"{home}.{name}\x1f{source}" for (home, name), source in sorted(self._found.items()))
+
+    def add(self, thing: Any) -> None:
+        """thing: a class or a function."""
+        module = str(getattr(thing, "__module__", ""))
+        key = (_home(thing), str(getattr(thing, "__qualname__", "")))
+        if _is_library(module) or key in self._found:
+            return
+        try:
+            self._found[key] = inspect.getsource(thing)
+        except (OSError, TypeError):  # typed in, or made at run time
+            self._found[key] = ""
+        if isinstance(thing, type):
+            for base in thing.__mro__[1:]:
+                self.add(base)
+        for function in self._functions(thing):
+            self._named(function)
+
+    @staticmethod
+    def _functions(thing: Any) -> list[FunctionType]:
+        if not isinstance(thing, type):
+            found = [inspect.unwrap(thing)]
+        else:
+            found = [
+                inspect.unwrap(getattr(v, "fget", None) or getattr(v, "__func__", v))
+                for v in vars(thing).values()
+                if not isinstance(v, type)
+            ]
+        return [f for f in found if isinstance(f, FunctionType)]
+
+    def _named(self, function: FunctionType) -> None:
+        for name in sorted(_names(function.__code__)):
+            value = function.__globals__.get(name)
+            if isinstance(value, FunctionType | type):
+                if not _is_installed(value.__module__):
+                    self.add(value)
+            elif isinstance(value, ModuleType):
+                file = getattr(value, "__file__", None)
+                if file is not None and not _is_installed(value.__name__) and Path(file).is_file():
+                    self._found[(_FROM_FILE.sub(r"\1", value.__name__), "")] = file_sha256(Path(file))
+            elif isinstance(value, bool | int | float | str | tuple | list | dict):
+                self._found[(_home(function), f"{name} =")] = repr(value)
+
+
+def _names(code: CodeType) -> set[str]:
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= _names(constant)
+    return found
+
+
+def _is_installed(module: str | None) -> bool:
+    """Whether a module came with Python or was installed, so that its version says what it does."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return _is_library(module) or "site-packages" in file or "dist-packages" in file
 
 
 def preprocessing_identity(preprocessing: Preprocessing) -> dict[str, Any]:

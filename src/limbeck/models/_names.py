@@ -11,7 +11,7 @@ from limbeck.errors import Problem, UsageError, nearest
 
 __all__ = ["SHORT_NAMES", "Name", "known_models", "parse_name"]
 
-PREFIXES = ("torchvision", "timm", "hf", "python", "run", "onnx")
+PREFIXES = ("torchvision", "timm", "hf", "python", "run", "onnx", "logits")
 
 SHORT_NAMES: dict[str, tuple[str, str, str]] = {
     "bert-base": ("hf:google-bert/bert-base-uncased", "text encoder, 110M", "a solid default teacher, or a student of bert-large"),
@@ -61,6 +61,7 @@ def known_models() -> Iterator[tuple[str, str, str]]:
     yield "timm:NAME", "any classifier of timm", "its name as timm writes it, e.g. timm:convnext_atto"
     yield "hf:FOLDER_OR_HUB_ID", "a Hugging Face sequence or image classifier, or an encoder to make one of", "safetensors weights only"
     yield "python:FILE_OR_MODULE:CALLABLE", "your own function or class that returns an nn.Module", "anything else"
+    yield "logits:FILE", "a teacher's answers that were computed elsewhere (.npy or .parquet)", "the teacher itself is out of reach"
     yield "run:DIR", "the student of an earlier run", "a teacher trained by `limbeck train`, or a student to go on with"
 
 
@@ -104,6 +105,8 @@ def _prefixed(prefix: str, target: str, given: str, base: Path, where: str) -> N
             return Name("run", str(folder), given, folder)
         case "onnx":
             raise UsageError(Problem(where, "onnx: teachers are not built yet.", "Name the model that the file was exported from instead."))
+        case "logits":
+            raise UsageError(Problem(where, f"'{given}' holds answers, not a model.", "It can only be a teacher."))
         case _:
             allowed = ", ".join(f"{p}:" for p in PREFIXES if p != "onnx")
             raise UsageError(

@@ -1,0 +1,166 @@
+"""Teachers that are only numbers: logits that were computed elsewhere, in a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from limbeck.data import Data
+from limbeck.errors import Problem, UsageError, nearest
+from limbeck.run import file_sha256
+from limbeck.types import Batch, Needs, Signal
+
+__all__ = ["TableTeacher", "write_ids"]
+
+Keys = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+WHERE = "teacher.model"
+
+
+class TableTeacher:
+    """Answers from a file, one row of logits a sample.
+
+    ``.npy``: ``(N, C)`` floats, row i for row i of the training data as it is given (before validation is split off), classes in the data's order.
+    ``.parquet``: a column ``logits`` (lists of C floats) and a column ``id`` (32 hex digits, as ``limbeck label --ids`` writes them) or ``row`` (the
+    training data's row); its metadata may name the ``classes``, a JSON list in the order of the logits. By ``id`` it may cover test samples too.
+
+    Every training sample has to be covered by finite numbers. ``test``: ``(N, C)`` of the test split, None where the file does not cover it.
+    """
+
+    def __init__(self, path: Path, data: Data, device: torch.device) -> None:
+        self.path, self.device, self.hits = path, device, 0
+        self.classes: tuple[str, ...] | None = None
+        self.class_ids: tuple[str, ...] | None = None
+        self.notes: list[str] = []
+        table, of_train, of_test = self._read(data)
+        self._logits, self._rows = table, of_train
+        self.num_classes = int(table.shape[1])
+        self.sha256 = file_sha256(path)
+        self.identity: dict[str, Any] = {"file_sha256": self.sha256}
+        self._check(data)
+        train = data.train.ids
+        self._order = np.lexsort((train[:, 1], train[:, 0]))
+        self._high = np.ascontiguousarray(train[self._order, 0])
+        self._ids = train
+        self.columns: Int64 | None = None  # set by who knows the classes
+        self.test = None if of_test is None else table[of_test].astype(np.float64)
+
+    def _read(self, data: Data) -> tuple[npt.NDArray[Any], Int64, Int64 | None]:
+        if self.path.suffix == ".npy":
+            try:
+                table = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as e:
+                raise UsageError(Problem(WHERE, f"{self.path} cannot be read as .npy: {str(e).splitlines()[0]}")) from None
+            count = len(data.train.source)
+            if table.ndim != 2 or table.dtype.kind != "f" or len(table) != count:
+                wanted = f"floats of ({count}, classes) are wanted, one row for each row of the training data"
+                text = f"{self.path} holds {table.dtype} of {table.shape}; {wanted}."
+                raise UsageError(Problem(WHERE, text, "Rows in another order go into a .parquet file with a column id or row."))
+            return table, data.train.rows, None
+        if self.path.suffix != ".parquet":
+            raise UsageError(Problem(WHERE, f"got {self.path.name}; a .npy or a .parquet file is wanted."))
+        return self._parquet(data)
+
+    def _parquet(self, data: Data) -> tuple[npt.NDArray[Any], Int64, Int64 | None]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(self.path)
+        except (pa.ArrowInvalid, OSError) as e:
+            raise UsageError(Problem(WHERE, f"{self.path} cannot be read as Parquet: {str(e).splitlines()[0]}")) from None
+        names = table.column_names
+        if "logits" not in names or not {"id", "row"} & set(names):
+            text = f"{self.path} has the columns {', '.join(names)}; logits, and id or row, are wanted."
+            raise UsageError(Problem(WHERE, text, nearest("logits", names)))
+        lists = table.column("logits").combine_chunks()
+        widths = np.unique(np.asarray(lists.value_lengths().to_numpy(zero_copy_only=False)))
+        if len(widths) != 1 or lists.null_count or lists.flatten().null_count:
+            raise UsageError(Problem(WHERE, f"{self.path}: every row of logits must have the same number of values, and none may be null."))
+        flat = lists.flatten().to_numpy(zero_copy_only=False)
+        if flat.dtype.kind != "f":
+            raise UsageError(Problem(WHERE, f"{self.path}: logits are {flat.dtype}; floats are wanted."))
+        logits = flat.reshape(len(lists), int(widths[0]))
+        given = (table.schema.metadata or {}).get(b"classes")
+        if given is not None:
+            self.classes = tuple(str(c) for c in json.loads(given))
+        if "id" in names:
+            keys = self._keys(table.column("id").to_pylist())
+            test = self._match(keys, logits, data.test.ids)
+            return logits, self._match(keys, logits, data.train.ids), None if (test < 0).any() else test
+        rows = np.asarray(table.column("row").to_numpy(), dtype=np.int64)
+        place = np.full(len(data.train.source), -1, dtype=np.int64)
+        inside = (rows >= 0) & (rows < len(place))
+        if not inside.all() or len(np.unique(rows)) != len(rows):
+            raise UsageError(
+                Problem(WHERE, f"{self.path}: the column row has numbers twice, or beyond the {len(place):,} rows of the training data.")
+            )
+        place[rows] = np.arange(len(rows))
+        return logits, place[data.train.rows], None
+
+    def _keys(self, ids: list[Any]) -> Keys:
+        try:
+            raw = b"".join(bytes.fromhex(str(i)) for i in ids)
+            return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(len(ids), 2)
+        except ValueError:
+            text = f"{self.path}: the column id does not have 32 hexadecimal digits in every row."
+            raise UsageError(Problem(WHERE, text, "`limbeck label RECIPE --ids FILE.csv` writes the ids.")) from None
+
+    def _match(self, keys: Keys, logits: npt.NDArray[Any], wanted: Keys) -> Int64:
+        """The file's row of each wanted id, -1 where there is none; the same id twice must say the same."""
+        place: dict[tuple[int, int], int] = {}
+        for row, (high, low) in enumerate(keys.tolist()):
+            first = place.setdefault((high, low), row)
+            if first != row and not np.array_equal(logits[first], logits[row]):
+                raise UsageError(
+                    Problem(WHERE, f"{self.path}: the id {high:016x}{low:016x} stands in rows {first} and {row} with other logits.")
+                )
+        return np.array([place.get((high, low), -1) for high, low in wanted.tolist()], dtype=np.int64)
+
+    def _check(self, data: Data) -> None:
+        absent = np.flatnonzero(self._rows < 0)
+        if len(absent):
+            shown = ", ".join(f"{h:016x}{low:016x}" for h, low in data.train.ids[absent[:3]].tolist())
+            text = f"{self.path} has no logits for {len(absent):,} of {len(self._rows):,} training samples (the first: {shown})."
+            raise UsageError(Problem(WHERE, text, "`limbeck label RECIPE --ids FILE.csv` writes the id of every sample."))
+        step = 1 << 14
+        for start in range(0, len(self._rows), step):
+            rows = self._rows[start : start + step]
+            piece = np.asarray(self._logits[rows])
+            bad = np.flatnonzero(~(np.isfinite(piece) | (piece == -np.inf)).all(axis=1))
+            if len(bad):
+                high, low = data.train.ids[start + bad[0]].tolist()
+                raise UsageError(
+                    Problem(WHERE, f"{self.path} has NaN or infinity for the sample {high:016x}{low:016x} (its row {rows[bad[0]]}).")
+                )
+
+    def __call__(self, batch: Batch, needs: Needs) -> Signal:
+        at = np.searchsorted(self._high, batch.ids[:, 0])
+        found = self._order[np.minimum(at, len(self._order) - 1)]
+        for i in np.flatnonzero((self._ids[found] != batch.ids).any(axis=1)).tolist():  # equal first words
+            found[i] = int(np.flatnonzero((self._ids == batch.ids[i]).all(axis=1))[0])
+        logits = np.asarray(self._logits[self._rows[found]], dtype=np.float64 if self._logits.dtype == np.float64 else np.float32)
+        self.hits += len(batch)
+        if self.columns is not None:
+            logits = logits[:, self.columns]
+        return Signal(torch.from_numpy(np.ascontiguousarray(logits)).to(self.device))
+
+
+def write_ids(data: Data, file: Path) -> int:
+    """``split,row,id,label`` of every sample, as CSV: what logits computed elsewhere are keyed by. Returns the number of samples."""
+    import csv
+
+    count = 0
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["split", "row", "id", "label"])
+        for split in (data.train, data.valid, data.test):
+            for row, (high, low), label in zip(split.rows.tolist(), split.ids.tolist(), split.labels.tolist(), strict=True):
+                writer.writerow([split.name, row, f"{high:016x}{low:016x}", data.classes[label] if label >= 0 else ""])
+                count += 1
+    return count

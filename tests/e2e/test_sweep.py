@@ -1,0 +1,159 @@
+"""limbeck sweep: every combination is the run that it says it is, on one pass of the teacher and one baseline a student and seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from limbeck import sweep as sweeping
+from limbeck.sweep import read_vary
+from running import limbeck, make_folder, read, recipe, run, weights
+
+OBJECTIVE = [{"loss": "kd", "weight": 0.7, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.3}]
+VARY = ("--vary", "objective.0.temperature=2,8", "--vary", "student.model=python:nets.py:student,python:nets.py:plain")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return make_folder(tmp_path)
+
+
+def sweep(*arguments: Any, out: Path) -> dict[str, Any]:
+    assert limbeck("sweep", *arguments, "--out", out) == 0
+    return dict(read(out / "sweep.json"))
+
+
+def test_each_combination_is_the_run_alone_and_the_teacher_is_asked_once(here: Path) -> None:
+    """Students, baselines and metrics of a sweep are those of `limbeck distill` with the same settings, to the byte."""
+    run("train", recipe(here, "teacher.yaml", teacher=None, student={"model": "python:nets.py:teacher"}), out=here / "teacher")
+    learned = {"teacher": {"model": "run:teacher"}, "objective": OBJECTIVE}
+    found = sweep(recipe(here, **learned), *VARY, "--seeds", "2", out=here / "sweep")
+    assert [row["values"]["objective.0.temperature"] for row in found["rows"]] == ["2", "2", "8", "8"]
+    assert found["seeds"] == [0, 1]
+    for row in found["rows"]:
+        name, temperature = row["values"]["student.model"], float(row["values"]["objective.0.temperature"])
+        own = {**learned, "student": {"model": name}, "objective": [{**OBJECTIVE[0], "temperature": temperature}, OBJECTIVE[1]]}
+        alone = run("distill", recipe(here, "alone.yaml", **own), "--seeds", "2", out=here / f"alone-{row['name']}")
+        for seed in (0, 1):
+            for role in ("student", "baseline"):
+                swept = here / "sweep" / row["folder"] / f"seed-{seed}" / role
+                assert weights(swept) == weights(here / f"alone-{row['name']}" / f"seed-{seed}" / role), (row["name"], role)
+        assert row["student"] == alone["models"]["student"]["metrics"]["accuracy"]
+        assert row["baseline"] == alone["models"]["baseline"]["metrics"]["accuracy"]
+        assert row["interval"] == alone["interval"]["student_minus_baseline"]
+    # 48 training rows and 18 test rows once; then its speed is measured on a few; the other combinations do not load it
+    assert 48 + 18 <= found["rows"][0]["cost"]["teacher_items"] < 48 + 18 + 64 * 60
+    assert [row["cost"]["teacher_items"] for row in found["rows"][1:]] == [0, 0, 0]
+    assert [row["cost"]["cache_hits"] for row in found["rows"]] == [2 * 2 * 48] * 4
+    # baselines are trained with the first temperature alone
+    assert [row["cost"]["baseline_seconds"] > 0 for row in found["rows"]] == [True, True, False, False]
+
+
+def test_the_best_on_validation_stands_on_top_with_its_recipe(here: Path) -> None:
+    changes = {"objective": OBJECTIVE, "export": ["torchscript"], "train": {"epochs": 3}}
+    found = sweep(recipe(here, **changes), "--vary", "train.lr=1e-4,0.05,0.02", out=here / "sweep")
+    reached = {row["name"]: (row["validation"]["accuracy"], -row["validation"]["nll"]) for row in found["rows"]}
+    assert found["best"] == max(reached, key=lambda name: reached[name])
+    assert len(set(reached.values())) == 3
+    best = next(row for row in found["rows"] if row["name"] == found["best"])
+    assert weights(here / "sweep/student") == weights(here / "sweep" / best["folder"] / "student")
+    metrics = read(here / "sweep/metrics.json")
+    assert metrics["models"]["student"]["metrics"]["accuracy"] == best["student"]
+    assert (here / "sweep" / metrics["export"]["torchscript"]["file"]).is_file()
+    written = yaml.safe_load((here / "sweep/recipe.yaml").read_text())
+    assert written["train"]["lr"] == float(best["values"]["train.lr"])
+    assert written["export"] == ["torchscript"]
+    again = run("distill", here / "sweep/recipe.yaml", out=here / "again")
+    assert again["models"]["student"]["metrics"] == metrics["models"]["student"]["metrics"]
+    assert weights(here / "again/student") == weights(here / "sweep/student")
+    assert limbeck("evaluate", here / "sweep") == 0
+    page = (here / "sweep/report.html").read_text(encoding="utf-8")
+    for row in found["rows"]:
+        assert f"{row['folder']}/report.html" in page
+
+
+def test_a_sweep_that_was_stopped_goes_on_and_a_finished_one_does_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (recipe(here, objective=OBJECTIVE), "--vary", "temperature=2", "--vary", "objective.0.weight=0.2,0.9")
+    given = (given[0], "--vary", "objective.0.temperature=2,3", "--vary", "objective.0.weight=0.2,0.9")
+    whole = sweep(*given, out=here / "whole")
+    real, calls = sweeping.execute, []
+
+    def third_fails(*arguments: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "execute", third_fails)
+        assert limbeck("sweep", *given, "--out", here / "cut") == 130
+        assert not (here / "cut/sweep.json").exists()
+        assert limbeck("sweep", *given, "--out", here / "cut") == 2, "an existing folder without --resume"
+        before = {p: p.stat().st_mtime_ns for p in (here / "cut/runs").rglob("model.safetensors")}
+        assert limbeck("sweep", *given, "--out", here / "cut", "--resume") == 0
+        assert len(calls) == 3 + 2
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    cut = read(here / "cut/sweep.json")
+    for row in (*whole["rows"], *cut["rows"]):
+        row.pop("cost"), row.pop("latency_ms")
+    assert cut["rows"] == whole["rows"]
+    assert cut["best"] == whole["best"]
+    assert limbeck("sweep", *given, "--out", here / "cut", "--resume") == 0
+    other = (given[0], "--vary", "objective.0.temperature=2,5", "--vary", "objective.0.weight=0.2,0.9")
+    assert limbeck("sweep", *other, "--out", here / "cut", "--resume") == 2
+
+
+def test_temp_and_alpha_are_varied_as_the_command_line_says_them(here: Path) -> None:
+    found = sweep(recipe(here), "--vary", "temp=2,6", "--vary", "alpha=0.5", "--no-baseline", out=here / "sweep")
+    assert [row["baseline"] for row in found["rows"]] == [None, None]
+    made = yaml.safe_load((here / "sweep" / found["rows"][1]["folder"] / "recipe.yaml").read_text())["objective"]
+    assert [(t["loss"], t["weight"]) for t in made] == [("kd", 0.5), ("cross_entropy", 0.5)]
+    assert made[0]["temperature"] == 6.0
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["a.b=1,2"], {"a.b": ["1", "2"]}),
+        (["a=[1, 2]"], {"a": ["1", "2"]}),
+        (["a={crop: 1, flip: true},none"], {"a": ["{crop: 1, flip: true}", "none"]}),
+        (["a=[[1, 2], [3]]", "b='x, y',z"], {"a": ["[1, 2]", "[3]"], "b": ["'x, y'", "z"]}),
+    ],
+)
+def test_values_are_cut_at_commas_outside_brackets_and_quotes(texts: list[str], expected: dict[str, list[str]]) -> None:
+    assert read_vary(texts) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("vary", "told"),
+    [
+        ((), "--vary: is missing"),
+        (("objective.0.temperature",), "expected KEY=VALUE,VALUE"),
+        (("train.lr=0.1,0.1",), "0.1 more than once"),
+        (("train.lr=0.1,",), "empty value"),
+        (("train.lr=0.1", "train.lr=0.2"), "given twice"),
+        (("seed=1,2",), "Take several seeds with --seeds N."),
+        (("train.lrr=1,2",), "lrr"),
+        (("train.epochs=2,0", "train.lr=1e-3,-1"), "2 problems"),
+        (("objective.0.temperature=2,-4",), "--vary objective.0.temperature"),
+    ],
+)
+def test_mistakes_are_told_at_once_and_nothing_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str], vary: tuple[str, ...], told: str
+) -> None:
+    arguments = [x for v in vary for x in ("--vary", v)]
+    assert limbeck("sweep", recipe(here, objective=OBJECTIVE), *arguments, "--out", here / "sweep") == 2
+    said = capsys.readouterr().err
+    assert told in said, said
+    assert "Traceback" not in said
+    assert not (here / "sweep").exists()
+
+
+def test_json_is_one_document(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert limbeck("sweep", recipe(here), "--vary", "train.lr=0.1,0.01", "--out", here / "sweep", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["best"] == read(here / "sweep/sweep.json")["best"]
