@@ -41,7 +41,7 @@ from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["Balance", "balance", "ceiling", "make_plan", "overlapped"]
 
-_MOST, _LEAST = 7, 3  # steps that are timed
+_MOST, _LEAST = 9, 4  # steps that are timed
 _SECONDS = 6.0  # that timing one model may take, as far as _LEAST steps allow
 _LEFT_OUT = "validation, evaluation, export and report"
 
@@ -358,7 +358,8 @@ def _batches(plan: Plan, builder: BatchBuilder, lengths: np.ndarray[Any, Any] | 
     full = [request for request in epoch if len(request.rows) == rows]
     if lengths is not None:
         full.sort(key=lambda request: int(lengths[request.rows].max()))
-    wanted = [full[(2 * i + 1) * len(full) // (2 * _MOST)] for i in range(min(_MOST, len(full)))] if lengths is not None else full[:_MOST]
+    count = min(_MOST, len(full))
+    wanted = full[:count] if lengths is None else [full[(2 * i + 1) * len(full) // (2 * count)] for i in range(count)]
     builder(wanted[0])  # makes once what is made once
     made, seconds = [], []
     for request in wanted:

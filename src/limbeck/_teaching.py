@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -188,17 +190,30 @@ class Answers:
         logits = reader.gather("logits", parts, rows).astype(np.float64)
         return logits if columns is None else logits[:, columns]
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self, device: torch.device) -> dict[str, Any]:
         """Size, work and speed of the teacher, as the run that filled the cache measured them; what was not measured is null."""
         folder = self.folders["test"]
         about = read_manifest(folder).about
         unknown = {"latency_ms": None, "throughput": None, "flops": None, "bytes": None, "parameters": about["parameters"]}
         found = read_figures(folder) if (folder / FIGURES).exists() else {}
+        if found.pop("measured_on", None) != machine(device):  # the student's speed here cannot be compared with the teacher's elsewhere
+            found |= {"latency_ms": None, "throughput": None}
         return {**unknown, **found, "from": f"cache {folder.name}"}
 
-    def keep_figures(self, found: Mapping[str, Any]) -> None:
+    def keep_figures(self, found: Mapping[str, Any], device: torch.device) -> None:
         folder = self.folders["test"]
-        write_atomic(folder / FIGURES, seal({"of": folder.name, "figures": dict(found)}))
+        write_atomic(folder / FIGURES, seal({"of": folder.name, "figures": {**found, "measured_on": machine(device)}}))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where a speed was measured: the processor or GPU, and the threads."""
+    if device.type == "cuda":
+        return {"name": torch.cuda.get_device_name(device)}
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {"name": name, "threads": torch.get_num_threads()}
 
 
 def _sparse(recipe: Recipe) -> Sparse:

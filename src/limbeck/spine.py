@@ -383,12 +383,14 @@ def _teacher_on_record(begun: Begun, shared: _Shared, meter: Meter | None) -> tu
     assert begun.answers is not None
     logits, model = begun.answers.test_logits(begun.columns), begun.model
     found = metrics(logits, begun.parts.data.test.labels)
-    if model is None:
-        return logits, {"metrics": found, **begun.answers.figures()}
+    kept = begun.answers.figures(begun.device)
+    if model is None or kept["latency_ms"] is not None:
+        begun.model = None
+        return logits, {"metrics": found, **kept}
     shared.stop.between("the teacher is measured")
     shared.exact.place(model.module)
     measured = measures(model, begun.parts.samples(model.preprocessing), shared.exact)
-    begun.answers.keep_figures(measured)
+    begun.answers.keep_figures(measured, begun.device)
     if meter is not None:
         meter.close()
     begun.model = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -14,11 +15,12 @@ from typing import Any
 
 from limbeck._folder import finished, make, read_recipe, refuse_taken, same_run
 from limbeck._recipe_check import differences as differing
+from limbeck._recipe_merge import expand_names
 from limbeck.again import export_run
 from limbeck.data import Data
 from limbeck.errors import Problem, UsageError, listed
 from limbeck.progress import Progress
-from limbeck.reading import RecipeError, absolute, load_recipe
+from limbeck.reading import RecipeError, absolute, load_recipe, read_yaml
 from limbeck.recipe import Recipe
 from limbeck.report import write_sweep_report
 from limbeck.run import commit_folder, is_left_over, read_json, write_atomic, write_json
@@ -105,10 +107,13 @@ def combinations(
     found: list[Combination] = []
     problems: dict[tuple[str, str], Problem] = {}
     base, source = Path.cwd(), "command line"
+    classic = _classic_terms(path) if path is not None and set(vary) & set(_CLASSIC) else None
     for number, values in enumerate(itertools.product(*vary.values()), start=1):
         chosen = dict(zip(vary, values, strict=True))
-        own = {**options, **{k: v for k, v in chosen.items() if k in _CLASSIC}}
+        own = {**options, **{k: v for k, v in chosen.items() if k in _CLASSIC and classic is None}}
         more = [f"{k}={v}" for k, v in chosen.items() if k not in _CLASSIC]
+        if classic is not None:
+            more += _written_out(classic, chosen)
         try:
             recipe, base = load_recipe(path, own, [*sets, *more], "distill")
             found.append(Combination(_name(number, chosen), chosen, absolute(recipe, base)))
@@ -121,6 +126,32 @@ def combinations(
     if problems:
         raise RecipeError(list(problems.values()), source)
     return found, base
+
+
+def _classic_terms(path: Path) -> tuple[int, int] | None:
+    """Where a recipe's objective has its one kd and its one cross entropy, which temp and alpha are about; None where it has no such objective
+    (what is wrong with it, or with varying them, is then told when the recipe is read)."""
+    try:
+        objective = expand_names(read_yaml(path)).get("objective")
+    except UsageError:
+        return None
+    if not isinstance(objective, list):
+        return None
+    losses = [term.get("loss") if isinstance(term, dict) else None for term in objective]
+    if sorted(map(str, losses)) != ["cross_entropy", "kd"]:
+        return None
+    return losses.index("kd"), losses.index("cross_entropy")
+
+
+def _written_out(terms: tuple[int, int], chosen: dict[str, str]) -> list[str]:
+    """What ``temp`` and ``alpha`` say, as keys of the objective."""
+    kd, cross_entropy = terms
+    sets = [f"objective.{kd}.temperature={chosen['temp']}"] if "temp" in chosen else []
+    if "alpha" in chosen:
+        sets.append(f"objective.{kd}.weight={chosen['alpha']}")
+        with contextlib.suppress(ValueError):  # no number: told of the weight above
+            sets.append(f"objective.{cross_entropy}.weight={round(1 - float(chosen['alpha']), 12)!r}")
+    return sets
 
 
 def _name(number: int, values: dict[str, str]) -> str:
@@ -160,11 +191,14 @@ def sweep(
     rows: list[dict[str, Any]] = []
     lenders: dict[str, Path] = {}
     data: dict[str, Data] = {}
+    trained: dict[str, Any] | None = None
     with Progress(progress) as shown:
         for number, point in enumerate(points, start=1):
             folder = out / "runs" / point.name
             shown.say(f"[{number}/{len(points)}] {', '.join(f'{k} = {v}' for k, v in point.values.items())}")
             recipe = point.recipe.model_copy(update={"export": [], "track": []})
+            if trained is not None:
+                recipe = recipe.model_copy(update={"teacher": recipe.teacher and recipe.teacher.model_copy(update=trained)})
             lender = lenders.get(_baseline_key(recipe))
             if lender is not None:
                 recipe = _as_measured(recipe, lender)
@@ -176,6 +210,9 @@ def sweep(
                 job = job_of(recipe, base, folder, resume=True, seeds=seeds, data=data.get(key), uses=seeds * len(points), lender=lender)
                 data[key] = job.data
                 metrics = execute(job, shown)
+            if trained is None and (folder / "teacher" / "model.json").is_file():
+                # it was trained for the first combination, and is the same for the others
+                trained = {"model": f"run:{(folder / 'teacher').resolve()}", "weights": None, "options": {}, "train": None}
             if recipe.baseline:
                 lenders.setdefault(_baseline_key(recipe), folder)
             rows.append(_row(point, metrics, folder.relative_to(out)))

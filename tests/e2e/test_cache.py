@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import caching
-from limbeck.cache import read_manifest, verify
+from limbeck.cache import Reader, read_manifest, seal, verify
+from limbeck.cache._manifest import write_manifest
+from limbeck.cache._store import write_part
+from limbeck.data import load_data
+from limbeck.models import build_model, save_model
+from limbeck.reading import load_recipe
+from limbeck.recipe import ModelSpec
 from models_support import text_folder
-from running import NAMES, arrays, limbeck, make_folder, pictures, read, recipe, run
+from running import NAMES, arrays, fork, limbeck, lines, make_folder, pictures, read, recipe, run, start, steps, wait_for, weights
 
 TRAIN, TEST, VIEWS = 24, 18, 2
 
@@ -424,3 +436,452 @@ def test_a_change_does_what_is_promised_and_no_row_is_ever_wrong(
         cost = run("distill", file, "--set", "train.epochs=2", "--set", "train.log_every=50", out=folder / "out")["cost"]
         assert cost["teacher_items"] == 0
         assert cost["cache_hits"] > 0
+
+
+# --- the same bytes, whoever asked --------------------------------------------------------------------------------------------------------
+
+RICH_TEXT = [
+    {"loss": "kd", "weight": 0.7, "temperature": 2.0},
+    {"loss": "cross_entropy", "weight": 0.3},
+    {"loss": "hint", "weight": 0.1, "student": "bert.encoder.layer.0", "teacher": "bert.encoder.layer.1"},
+]
+TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "images": ("run", {}),
+    "images, accumulated": ("run", {"train": {"accumulate": 3}}),
+    "images, in float32": ("run", {"teacher_cache": {"codec": "float32"}}),
+    "mixup": ("mixup", {}),
+    "a layer": ("hint", {"train": {"accumulate": 2}}),
+    "texts in buckets": ("text", {"train": {"batch_size": 5}}),
+    "texts in buckets, accumulated": ("text", {"train": {"batch_size": 6, "accumulate": 2}}),
+    "layers by token": ("text", {"train": {"batch_size": 5}, "objective": RICH_TEXT}),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_run_that_reads_ends_in_the_bytes_of_the_run_that_filled(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Shuffled, bucketed and accumulated; with 0 and with 2 loader workers. What is read is the live teacher's within codec and rounding."""
+    kind, changes = TRAININGS[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(bases(kind), folder)
+    shutil.rmtree(folder / "cache")
+    set_recipe(folder, **changes)
+    file = folder / "recipe.yaml"
+    costs = {}
+    for out, workers in (("filled", 0), ("read", 0), ("workers", 2)):
+        costs[out] = run("distill", file, "--set", f"train.workers={workers}", out=folder / out)["cost"]
+        assert weights(folder / out / "student") == weights(folder / "filled/student"), out
+        assert [line["loss"] for line in lines(folder / out, "student") if "loss" in line] == [
+            line["loss"] for line in lines(folder / "filled", "student") if "loss" in line
+        ]
+    assert costs["filled"]["teacher_items"] >= TRAIN
+    assert [costs[out]["teacher_items"] for out in ("read", "workers")] == [0, 0]
+    assert {cost["cache_hits"] for cost in costs.values()} == {4 * TRAIN}
+    found = caching.label(file)
+    assert found.asked == {"teach": 0, "test": 0}
+    assert caching.same_rows(found, file, read(file)["teacher_cache"].get("codec", "float16")) > 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_reading_run_that_is_stopped_goes_on_in_the_same_bytes(how: signal.Signals, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bases("run"), folder)
+    set_recipe(folder, train={"checkpoint_every": 3, "batch_size": 6, "accumulate": 2})
+    file, out = folder / "recipe.yaml", folder / "out"
+    run("distill", file, out=folder / "quiet")
+    process = fork("distill", file, "--out", out, said=folder / "said", SLOW="0.05")
+    wait_for(process, lambda: len(steps(out, "student")) >= 6)
+    process.send_signal(how)
+    process.communicate(timeout=600)
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}[how]
+    assert limbeck("distill", file, "--resume", "--out", out) == 0
+    assert weights(out / "student") == weights(folder / "quiet/student")
+    assert steps(out, "student") == steps(folder / "quiet", "student")
+    assert read(out / "metrics.json")["cost"]["teacher_items"] == 0
+    assert read(out / "environment.json")["resumed_from"] != []
+
+
+SLOW_TEACHER = """
+import os
+import time
+
+from torch import nn
+
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(64, 3)
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        return self.body(x.flatten(1))
+"""
+
+
+def slow_base(folder: Path, train: int = 48, **changes: Any) -> Path:
+    make_folder(folder, train)
+    (folder / "slow.py").write_text(SLOW_TEACHER, encoding="utf-8")
+    base(folder, **{"teacher": {"model": "python:slow.py:Slow"}, **changes})
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_while_it_fills_goes_on_in_the_same_bytes(how: signal.Signals, tmp_path: Path) -> None:
+    """A part that is finished is kept; what the resumed run asks is the rest."""
+    file = slow_base(tmp_path / "a", teacher_cache={"path": "cache", "views": 4})
+    run("distill", file, out=tmp_path / "a/quiet")
+    file = slow_base(tmp_path / "b", teacher_cache={"path": "cache", "views": 4})
+    out = tmp_path / "b/out"
+    process = fork("distill", file, "--out", out, said=tmp_path / "said", SLOW="0.4")
+    wait_for(process, lambda: len(list(tmp_path.glob("b/cache/*/*.arrow"))) >= 1)
+    process.send_signal(how)
+    process.communicate(timeout=600)
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}[how]
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("b/cache/*/*.arrow")}
+    assert 1 <= len(kept) < 5
+    assert limbeck("distill", file, "--resume", "--out", out) == 0
+    assert weights(out / "student") == weights(tmp_path / "a/quiet/student")
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
+    parts = [{k: v for k, v in caching.contents(tmp_path / x / "cache").items() if "figures" not in k} for x in ("a", "b")]
+    assert parts[0] == parts[1]
+
+
+def test_eight_processes_killed_at_random_write_the_bytes_of_one(tmp_path: Path) -> None:
+    """Killed with SIGKILL again and again, and started again; meanwhile a reader opens the directory over and over, and never sees a wrong row."""
+    rows = 96
+    cache = tmp_path / "one/cache"
+    environment = {"SLOW": "0.01"}
+
+    def start(where: str, number: int) -> Any:
+        arguments = ["label", str(tmp_path / where / "recipe.yaml")]
+        process = server.Process(target=caching.label_in_child, args=(arguments, str(tmp_path / f"said-{number}"), environment, 1, 4))
+        process.start()
+        return process
+
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "limbeck.spine", "running"])
+    for name in ("one", "many"):
+        slow_base(tmp_path / name, rows)
+    alone = start("one", 0)
+    alone.join(120)
+    assert alone.exitcode == 0, (tmp_path / "said-0").read_text()
+    expected = {f.name: (Reader(f), read_manifest(f)) for f in cache.iterdir()}
+    assert sum(m.rows for _, m in expected.values()) == rows * VIEWS + TEST
+    assert sum(len(m.parts) for _, m in expected.values()) > 50
+    keys = {name: stored_keys(reader) for name, (reader, _) in expected.items()}
+
+    rng, end = np.random.default_rng(0), time.monotonic() + 240
+    seen, kills, finished = 0, 0, 0
+    running = {n: start("many", n) for n in range(1, 9)}
+    next_kill = time.monotonic() + 0.5
+    while running:
+        assert time.monotonic() < end, "it took too long"
+        for number, process in list(running.items()):
+            if process.exitcode is None:
+                continue
+            assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / f"said-{number}").read_text()
+            del running[number]
+            if process.exitcode:
+                running[number] = start("many", number)
+            else:
+                finished += 1
+        if kills < 24 and running and time.monotonic() > next_kill:
+            victim = list(running)[rng.integers(len(running))]
+            kills += running[victim].exitcode is None
+            running[victim].kill()
+            next_kill = time.monotonic() + float(rng.uniform(0.02, 0.25))
+        for name, (whole, manifest) in expected.items():
+            folder = tmp_path / "many/cache" / name
+            if (folder / "manifest.json").exists():
+                seen += rows_of_reader(Reader(folder), whole, keys[name], manifest.identity["stored"]["codec"])
+        time.sleep(0.02)
+    assert finished == 8
+    assert kills >= 12, "the teacher has to be slower for so many to be killed"
+    assert seen > rows
+    assert caching.contents(tmp_path / "many/cache") == caching.contents(cache)
+
+
+def stored_keys(reader: Reader) -> dict[int, Any]:
+    """Keys of every row by view, as a reader can be asked for them."""
+    found: dict[int, list[Any]] = {}
+    for part in reader.manifest.parts:
+        with pa.OSFile(str(reader.folder / part.name)) as file:
+            batch = pa.ipc.open_file(file).get_batch(0)
+            more = batch["id_more"].to_numpy().astype(np.uint64) << np.uint64(56)
+            found.setdefault(part.view, []).append(np.stack([batch["id"].to_numpy(), more], 1))
+    return {view: np.concatenate(keys) for view, keys in found.items()}
+
+
+def rows_of_reader(reader: Reader, whole: Reader, keys: dict[int, Any], codec: str) -> int:
+    """How many rows there are; each is the one of the whole cache, bit for bit."""
+    count = 0
+    for view, wanted in keys.items():
+        parts, rows = reader.locate(wanted, view)
+        there = parts >= 0
+        if there.any():
+            a = reader.gather("logits", parts[there], rows[there])
+            b = whole.gather("logits", *(x[there] for x in whole.locate(wanted, view)))
+            assert a.tobytes() == b.tobytes()
+            count += int(there.sum())
+    return count
+
+
+# --- a teacher that is not there ----------------------------------------------------------------------------------------------------------
+
+HEAVY = '''
+import torch
+from torch import nn
+
+
+class Heavy(nn.Module):
+    """200 MB of weights that are quickly used."""
+
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.body = nn.Linear(64, num_classes)
+        self.ballast = nn.Parameter(torch.full((50_000_000,), 0.5))
+
+    def forward(self, x):
+        return self.body(x.flatten(1)) * self.ballast[:3]
+'''
+
+
+def test_a_complete_cache_needs_no_teacher(bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are gone, and nobody builds it; its own figures come from the cache, and say so."""
+    folder = tmp_path / "copy"
+    shutil.copytree(bases("run"), folder)
+    file = folder / "recipe.yaml"
+    first = run("distill", file, "--verify-cache", "4", out=folder / "with")
+    assert first["cost"]["teacher_items"] > 0
+    (folder / "teacher/student/model.safetensors").unlink()
+    import limbeck.spine as spine
+
+    built = spine.build_model
+
+    def no_teacher(*arguments: Any, role: str, **more: Any) -> Any:
+        assert role != "teacher", "the teacher was built"
+        return built(*arguments, role=role, **more)
+
+    monkeypatch.setattr(spine, "build_model", no_teacher)
+    found = run("distill", file, out=folder / "without")
+    assert found["cost"]["teacher_items"] == 0
+    assert found["cost"]["teacher_seconds"] == 0
+    assert weights(folder / "without/student") == weights(folder / "with/student")
+    one, other = (m["models"]["teacher"] for m in (first, found))
+    assert one["metrics"] == other["metrics"]
+    assert other["from"].startswith("cache ")
+    assert other["latency_ms"] == one["latency_ms"], "as it was measured when the teacher was there"
+    with pytest.raises(AssertionError, match="the teacher was built"):
+        run("distill", file, "--verify-cache", "4", out=folder / "asked")
+
+
+def test_a_complete_cache_takes_the_memory_of_the_student_alone(tmp_path: Path) -> None:
+    """Peak resident memory of fresh processes, beside a teacher of 200 MB."""
+    folder = make_folder(tmp_path, 48)
+    (folder / "heavy.py").write_text(HEAVY, encoding="utf-8")
+    plain = {"train": {"epochs": 2}, "teacher_cache": {"path": "cache"}, "teacher": {"model": "run:teacher"}}
+    alone = recipe(folder, "alone.yaml", train={"epochs": 2}, teacher=None)
+    file = recipe(folder, **plain)
+    loaded, where = load_recipe(alone, {}, [], "train")
+    data = load_data(loaded.data, loaded.task, where)
+    heavy = build_model(ModelSpec(model="python:heavy.py:Heavy"), role="student", data=data, seed=0, base=where)
+    save_model(heavy, folder / "teacher", data.classes)
+    del heavy
+
+    def peak(command: str, file: Path, out: str) -> int:
+        process = start(command, file, "--no-baseline", "--out", folder / out)
+        assert isinstance(process, subprocess.Popen)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0, process.communicate(timeout=60)
+        process.communicate(timeout=60)
+        return used.ru_maxrss
+
+    filling = peak("distill", file, "fill")
+    (folder / "teacher/model.safetensors").unlink()
+    reading, student = peak("distill", file, "read"), peak("train", alone, "alone")
+    assert read(folder / "read/metrics.json")["cost"]["teacher_items"] == 0
+    assert filling > 1.2 * student, "the teacher has to be heavy enough to be seen"
+    assert reading < 1.05 * student
+
+
+# --- mistakes and the command line --------------------------------------------------------------------------------------------------------
+
+
+def test_ls_verify_and_rm(bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bases("run"), folder)
+    cache = folder / "cache"
+    names = {("test" if read_manifest(f).identity["views"]["purpose"] == "test" else "teach"): f.name for f in cache.iterdir()}
+
+    assert limbeck("cache", "ls", cache, "--json") == 0
+    rows = {row["for"]: row for row in json.loads(capsys.readouterr().out)["caches"]}
+    assert {purpose: row["name"] for purpose, row in rows.items()} == names
+    assert rows["teach"]["rows"] == TRAIN * VIEWS
+    assert rows["teach"]["views"] == VIEWS
+    assert rows["test"]["rows"] == TEST
+    assert rows["teach"]["codec"] == "float16"
+    assert rows["teach"]["bytes"] == sum(p.stat().st_size for p in (cache / names["teach"]).rglob("*") if p.is_file())
+    assert limbeck("cache", "ls", cache) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in (*names.values(), "teacher", f"{TRAIN * VIEWS:,} (2 views)"))
+
+    assert limbeck("cache", "verify", cache) == 0
+    assert f"{names['teach']}: {TRAIN * VIEWS:,} rows are as they were written." in capsys.readouterr().out
+    part = next((cache / names["teach"]).glob("*.arrow"))
+    flip_bit(part, 700)
+    assert limbeck("cache", "verify", cache) == 2
+    assert str(part) in capsys.readouterr().err
+    assert limbeck("cache", "ls", cache) == 0
+    assert limbeck("cache", "verify", cache / names["test"]) == 0
+    capsys.readouterr()
+    assert limbeck("cache", "verify", cache, "--repair", "--json") == 0
+    [mended] = [one for one in json.loads(capsys.readouterr().out)["caches"] if one["mended"]]
+    assert "was taken out" in mended["mended"][0]
+    assert limbeck("cache", "verify", cache) == 0
+
+    for wrong, says in (("zzz", "fits none"), ("", "fits 2 directories")):
+        assert limbeck("cache", "rm", wrong, names["test"], "--path", cache) == 2
+        assert says in capsys.readouterr().err
+        assert len(list(cache.iterdir())) == 2, "nothing is removed where one name is wrong"
+    assert limbeck("cache", "rm", names["teach"][:8], "--path", cache) == 0
+    assert [f.name for f in cache.iterdir()] == [names["test"]]
+    for command in (("verify", folder / "nowhere"), ("verify", folder / "teacher")):
+        assert limbeck("cache", *command) == 2
+        assert "there is no teacher cache in" in capsys.readouterr().err
+
+
+def test_a_cache_of_another_format_harms_nobody(bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A newer version may have written beside: it is listed and left alone."""
+    folder = tmp_path / "copy"
+    shutil.copytree(bases("run"), folder)
+    other = folder / "cache/0000"
+    other.mkdir()
+    (other / "manifest.json").write_text(seal({"format": 99, "identity": {}}), encoding="utf-8")
+    assert limbeck("cache", "ls", folder / "cache") == 0
+    assert "0000" in capsys.readouterr().out
+    assert limbeck("cache", "verify", folder / "cache", "--repair") == 0
+    assert "has format 99" in capsys.readouterr().out
+    assert (other / "manifest.json").exists()
+    assert run("distill", folder / "recipe.yaml", out=folder / "out")["cost"]["teacher_items"] == 0
+
+
+@pytest.mark.parametrize(("cache", "says"), [({"mode": "off"}, "teacher_cache.mode"), ({"views": "live"}, "teacher_cache.views")])
+def test_label_of_a_recipe_that_keeps_nothing(cache: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path)
+    assert limbeck("label", recipe(tmp_path, teacher_cache=cache)) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert "nothing to fill" in said
+
+
+def test_require_only_reads(bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says how many rows are missing and what differs in what is there; `limbeck label` of the same recipe fills it."""
+    folder = tmp_path / "copy"
+    shutil.copytree(bases("run"), folder)
+    before = caching.contents(folder / "cache")
+    set_recipe(folder, teacher_cache={"mode": "require"})
+    file = folder / "recipe.yaml"
+    assert run("distill", file, out=folder / "first")["cost"]["teacher_items"] == 0
+    set_recipe(folder, teacher_cache={"views": 3})
+    assert limbeck("distill", file, "--out", folder / "more") == 2
+    said = capsys.readouterr().err
+    assert f"{TRAIN} of {3 * TRAIN} teach rows are not in" in said
+    assert "limbeck label" in said
+    set_recipe(folder, data={"augment": {"crop": 2, "flip": True}})
+    assert limbeck("distill", file, "--out", folder / "more") == 2
+    said = capsys.readouterr().err
+    assert f"{3 * TRAIN} of {3 * TRAIN} teach rows are not in" in said
+    assert "views.augment.crop: 1 there, 2 here" in said
+    assert not (folder / "more").exists()
+    assert caching.contents(folder / "cache") == before
+    assert limbeck("label", file) == 0
+    assert run("distill", file, out=folder / "more")["cost"]["teacher_items"] == 0
+
+
+def test_a_disk_that_would_not_hold_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is written where a path is named; else the teacher is asked in the loop, and a note says why."""
+    folder = make_folder(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=500))
+    named = recipe(folder, "named.yaml", teacher_cache={"path": "cache"}, baseline=False)
+    for command in (["distill", named, "--out", folder / "out"], ["label", named]):
+        assert limbeck(*command) == 2
+        said = capsys.readouterr().err
+        assert "has 500 bytes free" in said
+        assert "teacher_cache.path" in said
+    assert not (folder / "out").exists()
+    assert not (folder / "cache").exists()
+    plain = recipe(folder, baseline=False)
+    metrics = run("distill", plain, out=folder / "live")
+    assert any("The teacher is asked in every step: the teacher's answers need" in note for note in metrics["notes"])
+    assert metrics["cost"]["cache_hits"] == 0
+    assert read(folder / "live/environment.json")["choices"]["teacher_cache"]["kept"] is False
+    assert limbeck("label", plain) == 2
+    assert "has 500 bytes free" in capsys.readouterr().err
+
+
+def rewrite_wrongly(folder: Path) -> None:
+    """Every value of a directory one too large, with checksums that say that all is well."""
+    manifest = read_manifest(folder)
+    reader = Reader(folder)
+    for part in manifest.parts:
+        columns = {c.name: reader._map(list(manifest.parts).index(part)).columns[c.name] + 1 for c in manifest.columns}
+        own = reader._map(list(manifest.parts).index(part)).columns
+        keys = np.stack([own["id"], own["id_more"].astype(np.uint64) << np.uint64(56)], 1)
+        with_part = manifest.with_part(write_part(folder, part.name, part.view, keys, columns, manifest.columns))
+        manifest = with_part
+    write_manifest(folder, manifest)
+
+
+@pytest.mark.parametrize("kind", ["run", "own"])
+def test_answers_that_are_not_the_teachers_are_refused(
+    kind: str, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole by their checksums, and wrong: seen when they are compared with the teacher, which happens wherever it is loaded."""
+    folder = tmp_path / "copy"
+    shutil.copytree(bases(kind), folder)
+    rewrite_wrongly(teach_folder(folder))
+    assert limbeck("cache", "verify", folder / "cache") == 0
+    asked = ("--verify-cache", "8") if kind == "run" else ()
+    for command in (["distill", folder / "recipe.yaml", "--out", folder / "out"], ["label", folder / "recipe.yaml"]):
+        assert limbeck(*command, *asked) == 2
+        said = capsys.readouterr().err
+        assert "does not answer as the teacher does" in said
+        assert teach_folder(folder).name in said
+    assert limbeck("label", folder / "recipe.yaml", "--verify-cache", "0") == 0
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a manifest's byte": ("manifest.json", lambda p: flip_bit(p, 300)),
+    "a manifest cut short": ("manifest.json", lambda p: p.write_bytes(p.read_bytes()[:-1])),
+    "no manifest": ("manifest.json", lambda p: p.unlink()),
+    "a part's byte": (".arrow", lambda p: flip_bit(p, 600)),
+    "a part cut short": (".arrow", lambda p: p.write_bytes(p.read_bytes()[:-1])),
+    "no part": (".arrow", lambda p: p.unlink()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_refused_by_name_and_mended(
+    name: str, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line: exit code 2, the file named, nothing written; --repair and a label bring back the same bytes."""
+    suffix, damage = DAMAGES[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(bases("run"), folder)
+    before = caching.contents(folder / "cache")
+    victim = sorted(p for p in teach_folder(folder).iterdir() if p.name.endswith(suffix))[0]
+    damage(victim)
+    file = folder / "recipe.yaml"
+    for command in (["distill", file, "--out", folder / "out"], ["label", file], ["cache", "verify", folder / "cache"]):
+        assert limbeck(*command) == 2
+        said = capsys.readouterr().err
+        assert str(victim) in said
+        assert "Traceback" not in said
+    assert not (folder / "out").exists()
+    assert limbeck("cache", "verify", folder / "cache", "--repair") == 0
+    assert limbeck("label", file) == 0
+    assert caching.contents(folder / "cache") == before

@@ -157,3 +157,26 @@ def test_mistakes_are_told_at_once_and_nothing_is_written(
 def test_json_is_one_document(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert limbeck("sweep", recipe(here), "--vary", "train.lr=0.1,0.01", "--out", here / "sweep", "--json") == 0
     assert json.loads(capsys.readouterr().out)["best"] == read(here / "sweep/sweep.json")["best"]
+
+
+def test_temp_and_alpha_are_about_the_classic_terms_of_a_recipe(here: Path) -> None:
+    file = recipe(here, objective=[{"loss": "cross_entropy", "weight": 0.3, "label_smoothing": 0.1}, {"loss": "kd", "weight": 0.7}])
+    found = sweep(file, "--vary", "temp=3", "--vary", "alpha=0.9", "--no-baseline", out=here / "sweep")
+    made = yaml.safe_load((here / "sweep" / found["rows"][0]["folder"] / "recipe.yaml").read_text())["objective"]
+    assert made == [
+        {"loss": "cross_entropy", "weight": 0.1, "label_smoothing": 0.1},
+        {"loss": "kd", "weight": 0.9, "temperature": 3.0},
+    ]
+
+
+def test_a_teacher_that_has_to_be_trained_is_trained_once(here: Path) -> None:
+    learned = {"teacher": {"model": "python:nets.py:teacher", "train": {"epochs": 2}}, "objective": OBJECTIVE}
+    found = sweep(recipe(here, **learned), "--vary", "objective.0.temperature=2,5,8", out=here / "sweep")
+    folders = [here / "sweep" / row["folder"] for row in found["rows"]]
+    assert [(folder / "teacher").is_dir() for folder in folders] == [True, False, False]
+    told = [read(folder / "environment.json")["facts"]["teacher"] for folder in folders]
+    assert [read(folders[0] / "teacher/model.json")["weights_sha256"]] * 2 == told[1:]
+    assert found["rows"][0]["teacher"] == found["rows"][1]["teacher"]
+    # the second finds the answers of an object among those of a run, and compares some; the third knows them by the run's files
+    assert [row["cost"]["teacher_items"] for row in found["rows"][1:]] == [32 + 18, 0]
+    assert limbeck("sweep", recipe(here, **learned), "--vary", "objective.0.temperature=2,5,8", "--out", here / "sweep", "--resume") == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from limbeck import spine
-from limbeck._planner import Balance, _saved, balance, ceiling, overlapped
+from limbeck._planner import Balance, _batches, _saved, balance, ceiling, overlapped
+from limbeck.data import Request
 from limbeck.models import state_hash
 from limbeck.progress import Progress
 from limbeck.reading import build_recipe
@@ -275,6 +277,23 @@ class TestTime:
         assert plan["memory"]["student"]["copies_bytes"] == 0
         assert "teacher" not in plan["choices"]
         assert plan["time"]["total_seconds"] > 0
+
+    def test_a_teacher_that_is_a_file(self, planned: Any, folder: Path) -> None:
+        np.save(folder / "logits.npy", np.random.default_rng(0).normal(size=(48, 3)).astype(np.float32))
+        plan = planned(teacher={"model": "logits:logits.npy"})
+        assert plan["memory"]["teacher"]["loaded"] is False
+        assert "logits.npy" in plan["cache"]["reason"]
+        assert plan["time"]["teacher_step_ms"] is plan["cache"]["rows"] is None
+        assert plan["time"]["total_seconds"] > plan["time"]["baseline_seconds"] > 0
+
+    @pytest.mark.parametrize(("batches", "widths"), [(3, [0, 1, 2]), (18, [1, 3, 5, 7, 9, 11, 13, 15, 17])])
+    def test_texts_are_measured_in_batches_of_all_widths(self, batches: int, widths: list[int]) -> None:
+        lengths = np.repeat(np.arange(batches)[::-1], 4)  # the last batch of an epoch is smaller, and counts for nothing
+        rows = [np.arange(4 * i, 4 * i + 4) for i in range(batches)] + [np.arange(2)]
+        plan: Any = SimpleNamespace(steps_per_epoch=len(rows), request=lambda i: Request(i, 0, 0, rows[i]))
+        builder: Any = lambda request: int(lengths[request.rows].max())  # noqa: E731
+        found = _batches(plan, builder, lengths)
+        assert (found.batches, found.widest, found.rows) == (widths, batches - 1, 4)
 
     def test_a_teacher_that_is_trained_first(self, planned: Any) -> None:
         plan = planned(teacher={"model": "python:nets.py:teacher", "train": {"epochs": 2}}, data=FLIPPED, train={"epochs": 8})

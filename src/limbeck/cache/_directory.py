@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ def create(
             refuse_orphans(folder)
             write_manifest(folder, Manifest(identity, made, about, columns))
         manifest = read_manifest(folder)
+        if manifest.about.get("sources") is None and about.get("sources") is not None:
+            # it was filled by a teacher that had just been trained, or was an object; from now on it is known by its files
+            manifest = replace(manifest, about={**manifest.about, "sources": about["sources"]})
+            write_manifest(folder, manifest)
     if manifest.columns != columns:
         there, here = (", ".join(f"{c.name} {c.dtype}{list(c.shape)}" for c in cs) for cs in (manifest.columns, columns))
         raise UsageError(Problem("teacher_cache", f"{folder} holds {there}, and the teacher gives {here}.", "Name another path."))
