@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "student-detached",
         "losses/logits.py",
-        "log_student = F.log_softmax(raised(student) / temperature",
-        "log_student = F.log_softmax(raised(student).detach() / temperature",
+        "log_student = F.log_softmax(raised(student) / temperature, dim=-1)\n    log_teacher",
+        "log_student = F.log_softmax(raised(student).detach() / temperature, dim=-1)\n    log_teacher",
         LOSSES,
     ),
     Mutant("kl-swapped", "losses/logits.py", "_kl(log_teacher, log_student)", "_kl(log_student, log_teacher)", LOSSES),
@@ -131,8 +131,8 @@ MUTANTS = (
     Mutant(
         "teacher-sees-the-students-inputs",
         "teacher.py",
-        "batch.view, batch.teacher or {}, None",
-        "batch.view, batch.student, None",
+        "(batch.teacher or {}).items()",
+        "batch.student.items()",
         TEACHER,
     ),
     Mutant("teacher-change-not-noticed", "teacher.py", "if state_hash(self.model.module) != self._before:", "if False:", LOOP),

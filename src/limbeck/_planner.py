@@ -171,10 +171,15 @@ class _Timed:
 
 @dataclass(frozen=True)
 class _Training:
-    """One step of a training: seconds of the model and of its teacher, and bytes. weights: with buffers; projections: parameters of the objective."""
+    """One step of a training: seconds of the model and of its teacher (ranges: the least and the most that were seen), and bytes.
+
+    weights: with buffers; projections: parameters of the objective.
+    """
 
     seconds: float
     teacher_seconds: float
+    range: tuple[float, float]
+    teacher_range: tuple[float, float]
     weights: int
     projections: int
     gradients: int
@@ -249,10 +254,13 @@ def _train(
     steps([chosen[0], *chosen], passed)
     asked = [t for _, t in moments[1:]]
     whole = [b - a for (a, _), (b, _) in pairwise(moments)]
+    alone = [max(0.0, w - t) for w, t in zip(whole, asked, strict=True)]
     middle = statistics.fmean if varied else statistics.median
     return _Training(
-        middle([max(0.0, w - t) for w, t in zip(whole, asked, strict=True)]),
+        middle(alone),
         middle(asked),
+        (min(alone), max(alone)),
+        (min(asked), max(asked)),
         module_bytes(model.module),
         module_bytes(objective),
         held["gradients"],
@@ -470,7 +478,9 @@ def _times(
     times: dict[str, Any] = {
         "batch_rows": few.rows,
         "student_step_ms": step,
+        "student_step_range_ms": [1000 * t for t in trained.range],
         "teacher_step_ms": None,
+        "teacher_step_range_ms": None,
         "cache_read_step_ms": None,
         "loader_batch_ms": 1000 * loader,
         "loader_batch_with_teacher_ms": None,
@@ -494,6 +504,7 @@ def _times(
     live = epoch(trained.seconds + trained.teacher_seconds, few.seconds)
     times |= {
         "teacher_step_ms": 1000 * trained.teacher_seconds,
+        "teacher_step_range_ms": [1000 * t for t in trained.teacher_range],
         "loader_batch_with_teacher_ms": 1000 * few.seconds,
         "teacher_fill_row_ms": 1000 * fill_row,
         "live_seconds": once + passes * live,
@@ -740,11 +751,13 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
     passes = plan["epochs"] * plan["seeds"]
     lines = [
         f"Time of a step of {times['batch_rows']:,} samples",
-        f"  student      {times['student_step_ms']:10,.1f} ms",
+        _step_line("student", times["student_step_ms"], times["student_step_range_ms"]),
     ]
     if cache is not None:
         unknown = f"  teacher      {'unknown':>10}     and not needed: every answer is there"
-        lines.append(unknown if times["teacher_step_ms"] is None else f"  teacher      {times['teacher_step_ms']:10,.1f} ms")
+        lines.append(
+            unknown if times["teacher_step_ms"] is None else _step_line("teacher", times["teacher_step_ms"], times["teacher_step_range_ms"])
+        )
     if times["cache_read_step_ms"] is not None:
         lines.append(f"  answers      {times['cache_read_step_ms']:10,.1f} ms  to read those of the teacher")
     lines += [f"  loader       {times['loader_batch_ms']:10,.1f} ms  to make the batch, beside the step before", ""]
@@ -772,6 +785,10 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
             when = "Every answer is there: keeping them has paid already."
         lines.append(f"  {when} The student's training cannot be more than {times['ceiling']:.2f} times as fast by it.")
     return [*lines, ""]
+
+
+def _step_line(role: str, ms: float, seen: list[float]) -> str:
+    return f"  {role:13}{ms:10,.1f} ms  {seen[0]:,.1f} to {seen[1]:,.1f} in those that were measured"
 
 
 def _choice_lines(choices: dict[str, Any]) -> list[str]:

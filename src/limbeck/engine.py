@@ -51,6 +51,14 @@ class Engine:
     def send(self, batch: Batch) -> Batch:
         return batch.to(self.device, self.dtype, self.memory_format)
 
+    def copied(self, x: Tensor) -> Tensor:
+        """A copy of an input here, as :meth:`send` would bring it."""
+        if not x.is_floating_point():
+            return x.to(self.device, copy=True)
+        if x.ndim == 4:
+            return x.to(self.device, self.dtype, copy=True, memory_format=self.memory_format)
+        return x.to(self.device, self.dtype, copy=True)
+
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision in ("bf16", "fp16"):
             return torch.autocast(self.device.type, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float16)

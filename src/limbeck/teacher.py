@@ -69,6 +69,7 @@ class LiveTeacher:
             "preprocessing": vars(model.preprocessing),
         }
         engine.place(model.module)
+        self._modules = list(model.module.modules())
         self._columns = None if columns is None else torch.from_numpy(columns).to(engine.device)
         self._before = state_hash(model.module)
 
@@ -76,7 +77,8 @@ class LiveTeacher:
         """batch: already on the student's device; its teacher inputs are brought into this teacher's precision and layout."""
         assert batch.teacher is not None, "the batch was built without teacher inputs"
         start = time.perf_counter()
-        self.model.module.eval()
+        if any(module.training for module in self._modules):
+            self.model.module.eval()
         inputs = self._own(batch)
         with torch.no_grad(), self.engine.autocast(), Capture(self.model.module, needs.features) as capture:
             logits = self.model(inputs)
@@ -108,6 +110,5 @@ class LiveTeacher:
             )
 
     def _own(self, batch: Batch) -> dict[str, Tensor]:
-        sent = Batch(batch.ids, batch.view, batch.teacher or {}, None, batch.labels, batch.mask)
-        # A copy: a model may write into its input (a normalisation in place), and the student reads the same tensors.
-        return {name: value.clone() for name, value in self.engine.send(sent).student.items()}
+        # Always a copy: a model may write into its input (a normalisation in place), and the student reads the same tensors.
+        return {name: self.engine.copied(value) for name, value in (batch.teacher or {}).items()}

@@ -106,7 +106,7 @@ def _narrow(values: Floats, kind: type[np.floating[Any]], what: str) -> Floats:
         largest = np.nanmax(np.abs(np.where(np.isfinite(values), values, np.nan)), initial=0)
         hint = (
             "use teacher_cache.codec: float32."
-            if np.isfinite(values).all()
+            if (np.isfinite(values) | (values == -np.inf)).all()
             else "they are NaN or infinite already as the teacher gives them."
         )
         raise LimbeckError(f"{what} do not fit {np.dtype(kind).name} (up to {largest:.3g}): {hint}")

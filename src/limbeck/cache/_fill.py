@@ -97,6 +97,7 @@ def fill(
             for plan in _plans(folder, request):
                 rows = _rows_of(plan, request)
                 _follow(folder, plan, rows, request, ask, int(manifest.made["block"]), tick, between)
+    tidy(folder)
 
 
 def _plans(folder: Path, request: Request) -> Iterator[_Plan]:

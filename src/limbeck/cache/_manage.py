@@ -120,11 +120,7 @@ def _verify_one(folder: Path, manifest: Manifest | UsageError, repair: bool) -> 
                 (folder / FIGURES).unlink()
                 result.mended.append(f"{folder / FIGURES} was removed.")
     named = {p.name for p in manifest.parts}
-    foreign = sorted(
-        p
-        for p in folder.iterdir()
-        if p.name not in named and p.name not in _OWN and not p.name.startswith("plan-") and not _busy(folder, p)
-    )
+    foreign = sorted(p for p in folder.iterdir() if p.name not in named and p.name not in _OWN and not _busy(folder, p))
     result.problems += [f"{p} is not in the manifest." for p in foreign]
     if repair and (bad or foreign):
         with locked(folder / ".lock"):
@@ -142,7 +138,9 @@ def _verify_one(folder: Path, manifest: Manifest | UsageError, repair: bool) -> 
 
 
 def _busy(folder: Path, path: Path) -> bool:
-    """Whether somebody is writing this file now: a part that a plan names, or its temporary file."""
+    """Whether somebody is writing this file now: a plan, a part that a plan names, or its temporary file."""
+    if path.name.startswith("plan-"):
+        return read_plan(path) is not None
     name = path.name.removeprefix(".").removesuffix(".tmp")
     plans = [read_plan(p) for p in folder.glob("plan-*")] if name.startswith("v") else []
     return any(name == part for plan in plans if plan is not None for part, _, _ in plan.parts)

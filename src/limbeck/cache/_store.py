@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ ID_BYTES = 9
 
 _SMALL = 64 << 20  # bytes: a directory up to this size is checked whole when it is opened
 _TOUCHED = 32 << 20  # bytes read through the maps, after which their pages are given back
+_INDEXED = 1 << 20  # rows: a directory up to this size has its ids in memory, 17 bytes each
 _TILES = 1024  # checksums a part, at most
 
 
@@ -109,7 +111,7 @@ class _Map:
             raise CacheDamaged(self.path, f"has {len(self.bytes):,} bytes, and {entry.size:,} were written.")
         self.checked = np.zeros(-(-entry.size // entry.tile), dtype=bool)
         self.columns = {c.name: self._column(c) for c in (Column("id", "uint64", ()), Column("id_more", "uint8", ()), *columns)}
-        self._ids_checked = False
+        self._ids_checked = self.whole = False  # whole: every tile was checked
 
     def _column(self, column: Column) -> npt.NDArray[Any]:
         count = self.entry.rows * int(np.prod(column.shape, dtype=np.int64))
@@ -129,16 +131,22 @@ class _Map:
         return looked
 
     def check_all(self) -> int:
-        return self.check(np.arange(len(self.checked)))
+        looked = self.check(np.arange(len(self.checked)))
+        self.whole = True
+        return looked
+
+    def check_ids(self) -> int:
+        """All ids of the part."""
+        looked = 0
+        for name in ("id", "id_more"):
+            start, width = self.entry.offsets[name], self.columns[name].nbytes
+            looked += self.check(np.arange(start // self.entry.tile, (start + max(width, 1) - 1) // self.entry.tile + 1))
+        self._ids_checked = True
+        return looked
 
     def find(self, keys: Keys) -> tuple[Int64, int]:
         """``(N,)`` the row of each key, -1 where it is not there; and the bytes that were looked at."""
-        looked = 0
-        if not self._ids_checked:
-            for name in ("id", "id_more"):
-                start, width = self.entry.offsets[name], self.columns[name].nbytes
-                looked += self.check(np.arange(start // self.entry.tile, (start + max(width, 1) - 1) // self.entry.tile + 1))
-            self._ids_checked = True
+        looked = 0 if self._ids_checked else self.check_ids()
         high, more = self.columns["id"], self.columns["id_more"]
         wanted, tail = np.ascontiguousarray(keys[:, 0]), (keys[:, 1] >> np.uint64(56)).astype(np.uint8)
         rows = np.searchsorted(high, wanted).astype(np.int64)
@@ -154,8 +162,14 @@ class _Map:
             at[i], hit[i] = row, high[row] == wanted[i] and more[row] == tail[i]
         return np.where(hit, at, -1), looked
 
-    def take(self, name: str, rows: Int64) -> tuple[npt.NDArray[Any], int]:
-        """``(N, *shape)`` of one column, its bytes checked before they are used; and the bytes that were touched."""
+    def take(self, name: str, rows: Int64, out: npt.NDArray[Any]) -> int:
+        """Fill ``out``, ``(N, *shape)``, with rows of one column, whose bytes are checked before they are used; returns the bytes touched."""
+        values = self.columns[name]
+        looked = 0 if self.whole else self._check_rows(name, rows)
+        values.take(rows, axis=0, out=out, mode="clip")  # the rows are its own; this mode alone writes without a buffer
+        return looked + out.nbytes
+
+    def _check_rows(self, name: str, rows: Int64) -> int:
         values = self.columns[name]
         stride = values.nbytes // max(1, len(values))
         begin = self.entry.offsets[name] + rows * stride
@@ -164,7 +178,8 @@ class _Map:
         if not (self.checked[first].all() and self.checked[final].all()) or stride > self.entry.tile:
             tiles = [np.arange(a, b + 1) for a, b in zip(first.tolist(), final.tolist(), strict=True)]
             looked = self.check(np.unique(np.concatenate(tiles)))
-        return values[rows], looked + stride * len(rows)
+            self.whole = bool(self.checked.all())
+        return looked
 
     def release(self) -> None:
         """Give the pages back; the file stays in the system's cache. Memory of a process then does not grow with what it has read."""
@@ -180,6 +195,16 @@ class _Run:
     numbers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Index:
+    """Every row of one view of a directory that is not large, in id order: one search finds a whole batch."""
+
+    high: npt.NDArray[np.uint64]
+    more: npt.NDArray[np.uint8]
+    parts: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+
+
 class Reader:
     """The rows of one cache directory, as its manifest had them when it was opened.
 
@@ -192,6 +217,7 @@ class Reader:
         self.manifest = manifest or read_manifest(folder)
         self._maps: dict[int, _Map] = {}
         self._touched = 0
+        self._indexed: dict[int, _Index] = {}
         self._runs: dict[int, list[_Run]] = {}
         for entry in self.manifest.parts:
             self._present(folder / entry.name, entry)
@@ -243,6 +269,8 @@ class Reader:
 
     def locate(self, keys: Keys, view: int) -> tuple[Int64, Int64]:
         """``(part, row)`` of each key under a view, ``(N,)`` each; part -1 where there is none."""
+        if self.manifest.rows <= _INDEXED and view in self._runs:
+            return self._look_up(keys, view)
         parts, rows = np.full(len(keys), -1, dtype=np.int64), np.full(len(keys), -1, dtype=np.int64)
         for run in self._runs.get(view, ()):
             open_ = np.flatnonzero(parts < 0)
@@ -263,21 +291,46 @@ class Reader:
                         break
         return parts, rows
 
+    def _look_up(self, keys: Keys, view: int) -> tuple[Int64, Int64]:
+        index = self._indexed.get(view) or self._build_index(view)
+        wanted, tail = np.ascontiguousarray(keys[:, 0]), (keys[:, 1] >> np.uint64(56)).astype(np.uint8)
+        at = np.minimum(np.searchsorted(index.high, wanted), len(index.high) - 1)
+        hit = (index.high[at] == wanted) & (index.more[at] == tail)
+        for i in np.flatnonzero(~hit & (index.high[at] == wanted)).tolist():  # ids that agree in their first word
+            last = int(np.searchsorted(index.high, wanted[i], side="right"))
+            same = np.flatnonzero(index.more[at[i] : last] == tail[i])
+            if len(same):
+                at[i], hit[i] = at[i] + same[0], True
+        return np.where(hit, index.parts[at], -1).astype(np.int64), np.where(hit, index.rows[at], -1).astype(np.int64)
+
+    def _build_index(self, view: int) -> _Index:
+        numbers = sorted(n for run in self._runs[view] for n in run.numbers)
+        maps = [self._map(n) for n in numbers]
+        self._touch(sum(part.check_ids() for part in maps))
+        high, more = (np.concatenate([part.columns[name] for part in maps]) for name in ("id", "id_more"))
+        counts = [part.entry.rows for part in maps]
+        parts, rows = np.repeat(np.array(numbers, np.int32), counts), np.concatenate([np.arange(c, dtype=np.int32) for c in counts])
+        order = np.lexsort((parts, more, high))
+        self._indexed[view] = _Index(high[order], more[order], parts[order], rows[order])
+        return self._indexed[view]
+
     def gather(self, name: str, parts: Int64, rows: Int64) -> npt.NDArray[Any]:
         """``(N, *shape)`` of one column at the places that :meth:`locate` gave."""
-        numbers = np.unique(parts)
-        if len(numbers) == 1:
-            values, touched = self._map(int(numbers[0])).take(name, rows)
-            self._touch(touched)
-            return values
         column = next(c for c in self.manifest.columns if c.name == name)
+        order = np.argsort(parts, kind="stable")
+        parts, rows = parts[order], rows[order]
+        cuts = [0, *(np.flatnonzero(parts[1:] != parts[:-1]) + 1).tolist(), len(parts)]
         out = np.empty((len(rows), *column.shape), dtype=column.dtype)
-        for number in numbers.tolist():
-            mine = np.flatnonzero(parts == number)
-            values, touched = self._map(number).take(name, rows[mine])
-            out[mine] = values
-            self._touch(touched)
-        return out
+        touched = 0
+        for start, stop in itertools.pairwise(cuts):
+            if stop > start:
+                touched += self._map(int(parts[start])).take(name, rows[start:stop], out[start:stop])
+        self._touch(touched)
+        if len(cuts) == 2:  # one part, in the order asked for
+            return out
+        placed = np.empty_like(out)
+        placed[order] = out
+        return placed
 
     def has(self, keys: Keys, view: int) -> npt.NDArray[np.bool_]:
         """``(N,)`` bool: which keys are there."""
