@@ -5,6 +5,7 @@
 #   make mutants      break the code on purpose in known ways; at least one test must go red for each
 #   make cifar-pair   fetch CIFAR-10, train a teacher, distil it, 3 seeds (about two hours on 2 cores, in the foreground)
 #   make r8           fetch R8 and MiniLM, fine-tune it, distil it into 2 layers, 3 seeds
+#   make bench        measure speed against a plain loop and other libraries; docs/benchmarks.md (up to two hours on 2 quiet cores)
 #   make clean        remove .venv and caches; runs/ and data/ stay
 #
 # TORCH chooses the PyTorch to install, e.g.  make test TORCH="torch==2.6.0 torchvision==0.21.0"
@@ -16,10 +17,10 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 RUNS   ?= runs
 
-.PHONY: demo test lint mutants cifar-pair r8 clean help
+.PHONY: demo test lint mutants cifar-pair r8 bench clean help
 
 help:
-	@sed -n '3,8p' Makefile | sed 's/^# *//'
+	@sed -n '3,9p' Makefile | sed 's/^# *//'
 
 # torch and torchvision are installed together and first: installed apart they need not fit each other.
 $(STAMP): pyproject.toml
@@ -62,6 +63,12 @@ r8: $(STAMP)
 	$(BIN)/limbeck distill examples/r8.yaml --seeds 3 --out $(RUNS)/r8 --resume
 	$(BIN)/python benchmarks/collect.py r8 $(RUNS)/r8-teacher $(RUNS)/r8
 	$(BIN)/python benchmarks/tables.py
+
+# One row alone, e.g.  make bench ROWS="P1 P3"
+bench: $(STAMP)
+	$(BIN)/python benchmarks/fetch.py cifar10 r8 imdb minilm
+	$(BIN)/python benchmarks/bench.py --peers
+	$(BIN)/python benchmarks/bench.py $(ROWS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

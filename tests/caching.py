@@ -46,6 +46,8 @@ def some_keys(count: int, seed: int = 0, together: int = 1) -> Keys:
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, 2**64, (count, 2), dtype=np.uint64)
     keys[:, 0] = keys[np.arange(count) // together, 0]
+    if together > 1:  # 72 bits are stored: the others have to differ in the 8 that are left
+        keys[:, 1] = (keys[:, 1] >> np.uint64(8)) | (rng.permutation(count).astype(np.uint64) << np.uint64(56))
     return keys
 
 

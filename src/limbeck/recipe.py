@@ -111,7 +111,7 @@ class TeacherSpec(ModelSpec):
     train: TeacherTraining | None = None
     placement: Literal["same"] = "same"
     precision: Precision = "auto"
-    """auto: as the student where that is explicit, else measured."""
+    """auto: as the student (with its layout) where that is explicit, else measured."""
     layout: Layout | None = None
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from limbeck.models import build_model, save_model
 from limbeck.reading import load_recipe
 from limbeck.recipe import ModelSpec
 from models_support import text_folder
-from running import NAMES, arrays, fork, limbeck, lines, make_folder, pictures, read, recipe, run, start, steps, wait_for, weights
+from running import NAMES, ROOT, arrays, fork, limbeck, lines, make_folder, pictures, read, recipe, run, steps, wait_for, weights
 
 TRAIN, TEST, VIEWS = 24, 18, 2
 
@@ -548,7 +549,7 @@ def test_a_run_that_is_stopped_while_it_fills_goes_on_in_the_same_bytes(how: sig
 
 def test_eight_processes_killed_at_random_write_the_bytes_of_one(tmp_path: Path) -> None:
     """Killed with SIGKILL again and again, and started again; meanwhile a reader opens the directory over and over, and never sees a wrong row."""
-    rows = 96
+    rows = 64
     cache = tmp_path / "one/cache"
     environment = {"SLOW": "0.01"}
 
@@ -567,7 +568,7 @@ def test_eight_processes_killed_at_random_write_the_bytes_of_one(tmp_path: Path)
     assert alone.exitcode == 0, (tmp_path / "said-0").read_text()
     expected = {f.name: (Reader(f), read_manifest(f)) for f in cache.iterdir()}
     assert sum(m.rows for _, m in expected.values()) == rows * VIEWS + TEST
-    assert sum(len(m.parts) for _, m in expected.values()) > 50
+    assert sum(len(m.parts) for _, m in expected.values()) > 30
     keys = {name: stored_keys(reader) for name, (reader, _) in expected.items()}
 
     rng, end = np.random.default_rng(0), time.monotonic() + 240
@@ -585,7 +586,7 @@ def test_eight_processes_killed_at_random_write_the_bytes_of_one(tmp_path: Path)
                 running[number] = start("many", number)
             else:
                 finished += 1
-        if kills < 24 and running and time.monotonic() > next_kill:
+        if kills < 16 and running and time.monotonic() > next_kill:
             victim = list(running)[rng.integers(len(running))]
             kills += running[victim].exitcode is None
             running[victim].kill()
@@ -596,7 +597,7 @@ def test_eight_processes_killed_at_random_write_the_bytes_of_one(tmp_path: Path)
                 seen += rows_of_reader(Reader(folder), whole, keys[name], manifest.identity["stored"]["codec"])
         time.sleep(0.02)
     assert finished == 8
-    assert kills >= 12, "the teacher has to be slower for so many to be killed"
+    assert kills >= 8, "the teacher has to be slower for so many to be killed"
     assert seen > rows
     assert caching.contents(tmp_path / "many/cache") == caching.contents(cache)
 
@@ -634,12 +635,12 @@ from torch import nn
 
 
 class Heavy(nn.Module):
-    """200 MB of weights that are quickly used."""
+    """160 MB of weights that are quickly used."""
 
     def __init__(self, num_classes=3):
         super().__init__()
         self.body = nn.Linear(64, num_classes)
-        self.ballast = nn.Parameter(torch.full((50_000_000,), 0.5))
+        self.ballast = nn.Parameter(torch.full((40_000_000,), 0.5))
 
     def forward(self, x):
         return self.body(x.flatten(1)) * self.ballast[:3]
@@ -676,7 +677,7 @@ def test_a_complete_cache_needs_no_teacher(bases: Callable[[str], Path], tmp_pat
 
 
 def test_a_complete_cache_takes_the_memory_of_the_student_alone(tmp_path: Path) -> None:
-    """Peak resident memory of fresh processes, beside a teacher of 200 MB."""
+    """Peak resident memory of fresh processes, beside a teacher of 160 MB."""
     folder = make_folder(tmp_path, 48)
     (folder / "heavy.py").write_text(HEAVY, encoding="utf-8")
     plain = {"train": {"epochs": 2}, "teacher_cache": {"path": "cache"}, "teacher": {"model": "run:teacher"}}
@@ -689,19 +690,19 @@ def test_a_complete_cache_takes_the_memory_of_the_student_alone(tmp_path: Path) 
     del heavy
 
     def peak(command: str, file: Path, out: str) -> int:
-        process = start(command, file, "--no-baseline", "--out", folder / out)
-        assert isinstance(process, subprocess.Popen)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0, process.communicate(timeout=60)
-        process.communicate(timeout=60)
-        return used.ru_maxrss
+        # a shell between: a process begins with the peak of the one that started it
+        arguments = [sys.executable, "-m", "limbeck", command, file, "--no-baseline", "--out", folder / out]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *map(str, arguments)], env=environment, check=True, capture_output=True)
+        used = read(folder / out / "metrics.json")["cost"]["peak_rss_bytes"]
+        assert isinstance(used, int)
+        return used
 
     filling = peak("distill", file, "fill")
     (folder / "teacher/model.safetensors").unlink()
     reading, student = peak("distill", file, "read"), peak("train", alone, "alone")
     assert read(folder / "read/metrics.json")["cost"]["teacher_items"] == 0
-    assert filling > 1.2 * student, "the teacher has to be heavy enough to be seen"
+    assert filling > 1.15 * student, "the teacher has to be heavy enough to be seen"
     assert reading < 1.05 * student
 
 
@@ -852,6 +853,29 @@ def test_answers_that_are_not_the_teachers_are_refused(
         assert "does not answer as the teacher does" in said
         assert teach_folder(folder).name in said
     assert limbeck("label", folder / "recipe.yaml", "--verify-cache", "0") == 0
+
+
+def test_sparse_answers_of_a_teacher_with_more_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are shares of all its classes, and cannot be told for some of them; dense ones can."""
+    folder = tmp_path / "run"
+    image_base(folder)
+    pictures_file(folder / "pictures.npz", ("ant", "cat", "cat"))
+    base(
+        folder,
+        teacher={"model": "run:teacher"},
+        objective=HINT[:2],
+        teacher_cache={"path": "cache", "codec": "sparse", "top": 1, "samples": 1},
+    )
+    for command in (["label", folder / "recipe.yaml"], ["distill", folder / "recipe.yaml", "--out", folder / "out"]):
+        assert limbeck(*command) == 2
+        assert "teacher_cache.codec: is sparse" in capsys.readouterr().err
+    assert not (folder / "cache").exists()
+    assert not (folder / "out").exists()
+    base(folder, teacher={"model": "run:teacher"}, objective=HINT[:2])
+    found = caching.label(folder / "recipe.yaml")
+    assert found.columns is not None
+    assert found.columns.tolist() == [0, 2]
+    assert caching.same_rows(found, folder / "recipe.yaml") > 0
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {

@@ -253,6 +253,9 @@ class TestTime:
         for plan, passes in ((one, 6), (three, 18)):
             times = plan["time"]
             s, t = times["student_step_ms"], times["teacher_step_ms"]
+            for role, ms in (("student", s), ("teacher", t)):
+                least, most = times[f"{role}_step_range_ms"]
+                assert 0 < least <= ms <= most
             assert times["ceiling"] == pytest.approx(passes * (s + t) / (passes * s + 2 * t))
             assert plan["seeds"] == passes // 6
             # 48 rows in batches of 16; the baseline is as long as the student alone

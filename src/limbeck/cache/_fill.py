@@ -106,6 +106,7 @@ def _plans(folder: Path, request: Request) -> Iterator[_Plan]:
     A plan that is given back here is followed to its end, where its file goes, before the next one is looked for.
     """
     known: set[tuple[int, int]] = set()
+    made: list[str] = []
     while True:
         with locked(folder / ".lock"):  # no part is committed, and no plan made, between looking and planning
             found = [p for p in map(read_plan, sorted(folder.glob("plan-*"))) if p is not None and p.view == request.view]
@@ -117,6 +118,9 @@ def _plans(folder: Path, request: Request) -> Iterator[_Plan]:
                 if not len(rows):
                     return
                 plans = [_make_plan(request.view, request.keys[rows], manifest)]
+                made.append(plans[0].name)
+                if made.count(plans[0].name) > 3:  # a repair meanwhile may take parts out, but not again and again
+                    raise RuntimeError(f"{len(rows)} rows of {folder} are not found after they were written")
                 data = save({"keys": plans[0].keys}, {"plan": f"{plans[0].view},{plans[0].rows_of_part}"})
                 write_atomic(folder / f"plan-{plans[0].name}", data)
         yield from plans

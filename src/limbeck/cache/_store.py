@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -28,7 +29,9 @@ ID_BYTES = 9
 16 bytes would be 8 % of a row."""
 
 _SMALL = 64 << 20  # bytes: a directory up to this size is checked whole when it is opened
-_TOUCHED = 32 << 20  # bytes read through the maps, after which their pages are given back
+_TOUCHED = 128 << 20  # bytes mapped at most, after which their pages are given back
+_AROUND = 256 << 10  # what the system may map around a row that is touched
+_WIDE = 8 << 10  # bytes: rows from here on are read, not mapped
 _INDEXED = 1 << 20  # rows: a directory up to this size has its ids in memory, 17 bytes each
 _TILES = 1024  # checksums a part, at most
 
@@ -105,7 +108,10 @@ class _Map:
     def __init__(self, folder: Path, entry: PartEntry, columns: Sequence[Column]) -> None:
         self.path, self.entry = folder / entry.name, entry
         with open(self.path, "rb") as f:
-            self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            self.map, self.inode = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), os.fstat(f.fileno()).st_ino
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a row would map the 2 MB around it
+            with contextlib.suppress(OSError):
+                self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = memoryview(self.map)
         if len(self.bytes) != entry.size:
             raise CacheDamaged(self.path, f"has {len(self.bytes):,} bytes, and {entry.size:,} were written.")
@@ -120,15 +126,19 @@ class _Map:
 
     def check(self, tiles: npt.NDArray[Any]) -> int:
         """Compare tiles with their checksums, each once; returns the bytes that were looked at."""
-        looked = 0
-        for tile in tiles[~self.checked[tiles]].tolist():
-            start = tile * self.entry.tile
-            piece = self.bytes[start : start + self.entry.tile]
-            if xxhash.xxh3_64_hexdigest(piece) != self.entry.checksums[16 * tile : 16 * tile + 16]:
-                raise CacheDamaged(self.path, f"is damaged: bytes {start:,} to {start + len(piece) - 1:,} do not match their checksum.")
-            self.checked[tile] = True
-            looked += len(piece)
-        return looked
+        open_ = tiles[~self.checked[tiles]].tolist()
+        if not open_:
+            return 0
+        with open(self.path, "rb", buffering=0) as f:  # read, not mapped: a tile is looked at once, and is much around a row
+            if os.fstat(f.fileno()).st_ino != self.inode:
+                raise CacheDamaged(self.path, "was replaced while it was being read.")
+            for tile in open_:
+                start = tile * self.entry.tile
+                piece = os.pread(f.fileno(), self.entry.tile, start)
+                if xxhash.xxh3_64_hexdigest(piece) != self.entry.checksums[16 * tile : 16 * tile + 16]:
+                    raise CacheDamaged(self.path, f"is damaged: bytes {start:,} to {start + len(piece) - 1:,} do not match their checksum.")
+                self.checked[tile] = True
+        return 0
 
     def check_all(self) -> int:
         looked = self.check(np.arange(len(self.checked)))
@@ -166,8 +176,16 @@ class _Map:
         """Fill ``out``, ``(N, *shape)``, with rows of one column, whose bytes are checked before they are used; returns the bytes touched."""
         values = self.columns[name]
         looked = 0 if self.whole else self._check_rows(name, rows)
+        stride = values.nbytes // max(1, len(values))
+        if stride >= _WIDE:
+            with open(self.path, "rb", buffering=0) as f:
+                if os.fstat(f.fileno()).st_ino != self.inode:
+                    raise CacheDamaged(self.path, "was replaced while it was being read.")
+                for row, place in zip(rows.tolist(), out, strict=True):
+                    os.preadv(f.fileno(), [place.reshape(-1).view(np.uint8)], self.entry.offsets[name] + row * stride)
+            return 0
         values.take(rows, axis=0, out=out, mode="clip")  # the rows are its own; this mode alone writes without a buffer
-        return looked + out.nbytes
+        return looked + max(out.nbytes, _AROUND * len(rows))
 
     def _check_rows(self, name: str, rows: Int64) -> int:
         values = self.columns[name]
@@ -258,7 +276,7 @@ class Reader:
 
     def _touch(self, count: int) -> None:
         self._touched += count
-        if self._touched > _TOUCHED:
+        if self._touched > _TOUCHED and self.manifest.size > _TOUCHED:
             for part in self._maps.values():
                 part.release()
             self._touched = 0

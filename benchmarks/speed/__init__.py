@@ -1,0 +1,1 @@
+"""The benchmarks of docs/benchmarks.md: run them with `python benchmarks/bench.py`."""

@@ -1,0 +1,80 @@
+"""Limbeck itself, by a recipe. The run goes through the whole spine; its loop reports each step, and the run ends with the training.
+
+Left out: validation at the end of an epoch (no other side validates), evaluation, export and report. ``fixed_padding``: texts are padded to
+max_length and come in random order, as without length buckets (P6). ``filling``: the first turn begins with the teacher's pass over what its cache
+lacks, instead of the first step (P4, P5).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from speed.turns import Turn
+
+from limbeck import spine
+from limbeck.reading import build_recipe
+
+
+class Padded:
+    """A builder whose texts are all as long as the longest allowed."""
+
+    def __init__(self, builder: Any, length: int) -> None:
+        self.builder, self.length = builder, length
+
+    def __call__(self, request: Any) -> Any:
+        batch = self.builder(request)
+        student = {k: torch.nn.functional.pad(v, (0, self.length - v.shape[1])) for k, v in batch.student.items()}
+        teacher = None if batch.teacher is None else student
+        return replace(batch, student=student, teacher=teacher)
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    turn = Turn(config["steps"])
+    loop, keep_answers, begun = spine.fit, spine.keep_answers, False
+
+    def begin() -> None:
+        nonlocal begun
+        if not begun:
+            turn.begin()
+        begun = True
+
+    def fill_first(*arguments: Any, **named: Any) -> Any:
+        if config.get("filling"):
+            begin()
+        return keep_answers(*arguments, **named)
+
+    def fit(
+        student: Any, teacher: Any, objective: Any, feed: Any, engine: Any, settings: Any, seed: int, recorder: Any, **more: Any
+    ) -> None:
+        if config.get("fixed_padding"):
+            feed.plan._lengths = None
+            feed = replace(feed, builder=Padded(feed.builder, config["recipe"]["data"]["max_length"]))
+
+        def stop() -> bool:
+            turn.step()
+            return False
+
+        recorder = replace(recorder, stop=stop, validate=None)
+        begin()
+        loop(student, teacher, objective, feed, engine, settings, seed, recorder, **more)
+        weights = Path(config["out"]) / f"{config['name']}.safetensors"
+        save_file({k: v.contiguous() for k, v in student.module.state_dict().items()}, weights)
+        turn.end(engine=engine.label())
+        sys.exit(0)  # the rest of the run is not measured
+
+    spine.fit, spine.keep_answers = fit, fill_first  # type: ignore[assignment]
+    recipe = build_recipe(config["recipe"], command="train" if config["recipe"].get("teacher") is None else "distill")
+    with tempfile.TemporaryDirectory(dir=config["out"]) as folder:
+        spine.run_recipe(recipe, base=Path.cwd(), out=Path(folder) / "run", progress="none")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Who a teacher is: what changes its answers changes its identity, and where its files lie, or what it saw last, does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from limbeck.models import architecture_sha256
+
+SOURCE = """
+import helpers
+import torch
+from torch import nn
+
+SCALE = 1.0
+
+
+def outer(x):
+    return inner(x)
+
+
+def inner(x):
+    return x * SCALE
+
+
+def unused(x):
+    return x + 1
+
+
+class Base(nn.Module):
+    def forward(self, x):
+        return outer(helpers.twice(self.body(x)))
+
+
+class Net(Base):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        self.register_buffer("shift", torch.zeros(2), persistent=False)
+"""
+HELPERS = "def twice(x):\n    return 2 * x\n"
+
+
+def net(folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str] | None = None) -> Any:
+    """The module of a file that was written and imported as a person's file is."""
+    folder.mkdir(parents=True)
+    source, helpers = SOURCE, HELPERS
+    for old, new in (changes or {}).items():
+        assert old in source + helpers
+        source, helpers = source.replace(old, new), helpers.replace(old, new)
+    for name, text in (("net.py", source), ("helpers.py", helpers)):
+        (folder / name).write_text(text, encoding="utf-8")
+    from limbeck.models._python import find_callable
+
+    monkeypatch.delitem(sys.modules, "helpers", raising=False)
+    made, _ = find_callable("net.py:Net", folder, "teacher")
+    module = made()
+    torch.nn.init.zeros_(module.body.weight)
+    return module
+
+
+def test_the_place_of_its_files_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (architecture_sha256(net(tmp_path / name, monkeypatch)) for name in ("a", "b/c"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "counts"),
+    [
+        ("outer(helpers.twice(self.body(x)))", "outer(helpers.twice(self.body(x))) + 1", True),
+        ("return inner(x)", "return inner(x) + 1", True),
+        ("return x * SCALE", "return x / SCALE", True),
+        ("SCALE = 1.0", "SCALE = 1.5", True),
+        ("return 2 * x", "return 3 * x", True),
+        ("return x + 1", "return x + 2", False),
+        ("SCALE = 1.0", "SCALE = 1.0  # as published", False),
+    ],
+    ids=["its base class", "a function", "a function's function", "a constant", "a neighbouring file", "what nobody calls", "a comment"],
+)
+def test_its_source_counts(tmp_path: Path, old: str, new: str, counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = architecture_sha256(net(tmp_path / "a", monkeypatch))
+    assert (architecture_sha256(net(tmp_path / "b", monkeypatch, {old: new})) != before) == counts
+
+
+def set_buffer(module: Any) -> None:
+    module.shift += 1
+
+
+SETTINGS: dict[str, tuple[Callable[[Any], None], bool]] = {
+    "a number": (lambda m: setattr(m, "depth", 3), True),
+    "a private number": (lambda m: setattr(m, "_depth", 3), True),
+    "a list of names": (lambda m: setattr(m, "order", ["a", "b"]), True),
+    "a mapping": (lambda m: setattr(m, "table", {"a": (1, 2)}), True),
+    "a function": (lambda m: setattr(m, "act", nn.functional.gelu), True),
+    "a partial function": (lambda m: setattr(m, "act", partial(nn.functional.gelu, approximate="tanh")), True),
+    "a number type": (lambda m: setattr(m, "kind", torch.float16), True),
+    "a layer's own setting": (lambda m: setattr(m.body, "eps", 1e-3), True),
+    "a buffer that no state has": (set_buffer, True),
+    "whether it trains": (lambda m: m.train(), False),
+    "what a forward pass left": (lambda m: setattr(m, "seen", torch.ones(3)), False),
+    "its weights": (lambda m: torch.nn.init.ones_(m.body.weight), False),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_its_settings_count(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights have a hash of their own, and are not in this one."""
+    change, counts = SETTINGS[name]
+    module = net(tmp_path / "a", monkeypatch).eval()
+    before = architecture_sha256(module)
+    assert architecture_sha256(module) == before
+    change(module)
+    assert (architecture_sha256(module) != before) == counts
+
+
+def test_functions_in_a_setting_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, found = net(tmp_path / "a", monkeypatch), set()
+    for act in (nn.functional.relu, nn.functional.gelu, torch.tanh, partial(nn.functional.gelu, approximate="tanh"), nn.ReLU):
+        module.act = act
+        found.add(architecture_sha256(module))
+    assert len(found) == 5
+
+
+def test_what_cannot_be_read_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that was typed in has no source; a setting may hold anything, itself included."""
+    space: dict[str, Any] = {"nn": nn, "__name__": "typed"}
+    exec("class Typed(nn.Module):\n    def forward(self, x):\n        return x\n", space)
+    module = space["Typed"]()
+    module.loop = [module]
+    module.own = {"loop": []}
+    module.own["loop"].append(module.own)
+    assert architecture_sha256(module) == architecture_sha256(module)
+    assert importlib.util.find_spec("typed") is None
