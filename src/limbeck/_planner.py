@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from limbeck._choices import student_choice
 from limbeck._parts import Parts
-from limbeck._teaching import Answers, Identity, Known, _identify, block_rows, engine_of_teacher
+from limbeck._teaching import Answers, Identity, Known, block_rows, directories_of, engine_of_teacher
 from limbeck.cache import TableTeacher, missing, read_manifest, row_bytes
 from limbeck.data import BatchBuilder, Data, Plan, choose_workers
 from limbeck.data import Request as BatchRequest
@@ -631,7 +631,7 @@ def _cache(begun: Beginning, recipe: Recipe, kept: bool, complete: bool) -> dict
         columns = {purpose: read_manifest(folder).columns for purpose, folder in answers.folders.items()}
     else:
         assert begun.model is not None
-        columns = (begun.found or _identify(answers, begun.model, None)).columns
+        columns = (begun.found or directories_of(answers, begun.model, None)).columns
     each = {purpose: row_bytes(c) for purpose, c in columns.items()}
     rows = {purpose: sum(len(missing(None, r)) for r in answers.requests[purpose]) for purpose in each}
     lacking = {purpose: answers.lacking(purpose) for purpose in each}

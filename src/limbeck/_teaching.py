@@ -294,7 +294,7 @@ class Identity:
     columns: dict[str, tuple[Column, ...]]
 
 
-def _identify(answers: Answers, model: Model, sources: Sources | None) -> Identity:
+def directories_of(answers: Answers, model: Model, sources: Sources | None) -> Identity:
     """Who a loaded teacher is, and which directories are its."""
     weights = state_hash(model.module)
     teacher = {"weights_sha256": weights, "architecture_sha256": architecture_sha256(model.module)}
@@ -356,7 +356,7 @@ def _numbers(values: Iterable[float]) -> str:
 def identify(answers: Answers, model: Model, sources: Sources | None) -> Identity:
     """Who a loaded teacher is, and so which directories are its; refuses another precision than theirs. Nothing is written."""
     adopt_normalisation(answers, model, answers.parts.data)
-    found = _identify(answers, model, sources)
+    found = directories_of(answers, model, sources)
     answers.folders = {purpose: answers.root / key_of(identity) for purpose, identity in found.identities.items()}
     for purpose, split in (("teach", answers.parts.data.train), ("test", answers.parts.data.test)):
         lengths = answers.parts.lengths(split, model.preprocessing)

@@ -57,7 +57,7 @@ Seeds = Annotated[str | None, typer.Option("--seeds", metavar="N", help="Run N s
 Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default a new one under runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
 NoBaseline = Annotated[bool, typer.Option("--no-baseline", help="Do not train the same student without the teacher beside it.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Measure and print the plan: memory, time, cache. Nothing is written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output; everything else goes to standard error.")]
 Sets = Annotated[
     list[str] | None,
