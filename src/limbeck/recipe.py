@@ -212,7 +212,7 @@ class TeacherCache(Section):
     off: ask in every step."""
     path: Text | None = None
     """A folder for the caches of any number of teachers; null: LIMBECK_CACHE, or limbeck/teachers in the user's cache folder."""
-    views: Count | Literal["live"] = 4
+    views: Count | Literal["live"] = 16
     """How many augmented versions of a sample there are: view = epoch mod views. live: a new one every epoch, and the teacher in every step."""
     store: Literal["logits", "features", "both"] | None = None
     """null: what the objective reads."""

@@ -163,9 +163,9 @@ class TestCache:
     @pytest.mark.parametrize(
         ("cache", "epochs", "views", "each"),
         [
-            ({}, 6, 4, 9 + 2 * 3),
+            ({}, 20, 16, 9 + 2 * 3),
             ({"views": 2}, 6, 2, 9 + 2 * 3),
-            ({"mode": "off"}, 6, 4, 9 + 2 * 3),
+            ({"mode": "off"}, 6, 6, 9 + 2 * 3),
             ({"views": 9}, 6, 6, 9 + 2 * 3),
             ({"views": 3, "codec": "float32"}, 6, 3, 9 + 4 * 3),
         ],
@@ -299,7 +299,12 @@ class TestTime:
         assert (found.batches, found.widest, found.rows) == (widths, batches - 1, 4)
 
     def test_a_teacher_that_is_trained_first(self, planned: Any) -> None:
-        plan = planned(teacher={"model": "python:nets.py:teacher", "train": {"epochs": 2}}, data=FLIPPED, train={"epochs": 8})
+        plan = planned(
+            teacher={"model": "python:nets.py:teacher", "train": {"epochs": 2}},
+            data=FLIPPED,
+            train={"epochs": 8},
+            teacher_cache={"views": 4},
+        )
         assert plan["time"]["teacher_training_seconds"] > 0
         assert plan["memory"]["teacher"]["training_bytes"] > 4 * 4 * plan["parameters"]["teacher"]
         assert plan["cache"]["rows_to_ask"]["teach"] == 48 * 4
