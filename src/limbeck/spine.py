@@ -199,6 +199,8 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         )
     elif job.build_teacher is not None and recipe.teacher is not None:
         begun.cached = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
+        if begun.cached[0] and _went_live(job):
+            begun.cached = (False, "the run was begun without")
         begun.answers = Answers(recipe, parts) if begun.cached[0] else None
         training = recipe.teacher.train
         if begun.answers is not None and (training is None or training.if_needed):
@@ -232,6 +234,14 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         "seeds": job.seeds,
     }
     return begun
+
+
+def _went_live(job: Job) -> bool:
+    """Whether a run to be resumed asked its teacher in every step, e.g. because the disk was too full then: it goes on as it began."""
+    file = job.out / "environment.json"
+    if not job.resume or not file.is_file():
+        return False
+    return read_json(file).get("choices", {}).get("teacher_cache", {}).get("kept") is False
 
 
 def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> TableTeacher:
@@ -290,7 +300,13 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
                     progress.say(note)
         environment = recorded[1] if recorded is not None else {}
         known = "choices" in environment
-        teacher, choices = _teacher_at_work(job, begun, meter, progress, stop, recorded[0] if recorded is not None and known else recipe)
+
+        def between() -> None:
+            cost.keep()
+            stop.between("the next part of the teacher's answers")
+
+        asked = recorded[0] if recorded is not None and known else recipe
+        teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
         cost.cached = teacher if isinstance(teacher, CachedTeacher | TableTeacher) else None
         shared = _Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed)
         if begun.table is not None and begun.table.test is not None:
@@ -340,7 +356,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
 
 
 def _teacher_at_work(
-    job: Job, begun: Begun, meter: Meter | None, progress: Progress, stop: Stop, recipe: Recipe
+    job: Job, begun: Begun, meter: Meter | None, progress: Progress, between: Callable[[], None], recipe: Recipe
 ) -> tuple[Teacher | None, tuple[Engine, dict[str, Any]] | None]:
     """The teacher of the loop, and how it runs (or ran, when it was asked) and why. Fills what its cache lacks."""
     if begun.known is None:
@@ -367,7 +383,7 @@ def _teacher_at_work(
             device,
             meter,
             progress,
-            lambda: stop.between("the next part of the teacher's answers"),
+            between,
             verify=verify,
             chosen=choice,
         )

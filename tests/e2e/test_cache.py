@@ -909,3 +909,22 @@ def test_damage_is_refused_by_name_and_mended(
     assert limbeck("cache", "verify", folder / "cache", "--repair") == 0
     assert limbeck("label", file) == 0
     assert caching.contents(folder / "cache") == before
+
+
+def test_a_run_that_began_without_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that was too full when a run began, and is not when it is resumed, changes nothing: the answers would have other last bits."""
+    monkeypatch.chdir(tmp_path)
+    here = make_folder(tmp_path)
+    file = recipe(here, train={"epochs": 3, "checkpoint_every": 2})
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=500))
+        whole = run("distill", file, out=here / "whole")
+        run("distill", file, out=here / "cut")
+    assert whole["cost"]["cache_hits"] == 0
+    (here / "cut/report.html").unlink()  # as if it had been killed before its last file
+    metrics = run("distill", file, "--resume", out=here / "cut")
+    assert metrics["cost"]["cache_hits"] == 0
+    assert list(Path(os.environ["LIMBECK_CACHE"]).rglob("*.arrow")) == []
+    assert read(here / "cut/environment.json")["choices"]["teacher_cache"]["kept"] is False
+    assert weights(here / "cut/student") == weights(here / "whole/student")
