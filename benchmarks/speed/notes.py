@@ -1,7 +1,8 @@
 """Why a row misses its target, by the profile, and what would close it: shown beside the row when (and only when) it misses."""
 
 NOTES: dict[str, str] = {
-    "P1": "The interval includes the target. The planner finds 0.7 ms for making the batch, on the same core as everything else; the rest is not profiled.",
+    "P1": "The interval includes the target. The planner finds 0.7 ms for making the batch, on the same core as everything else; the rest is not "
+    "profiled.",
     "P2": "About 0.26 ms of Python a step, found by leaving parts out: selecting, summing and dividing in the objective, with the nodes that "
     "this adds to backward (a third), the teacher's call and the copy of its inputs (10 %), the norm and the looks for NaN (10 %), the log (10 %), "
     "the hand-over of batches and the rest. A hand-written backward of kd would save part of the first and change the last bits. The cost is "
