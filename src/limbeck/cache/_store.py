@@ -33,6 +33,7 @@ _TOUCHED = 128 << 20  # bytes mapped at most, after which their pages are given 
 _AROUND = 256 << 10  # what the system may map around a row that is touched
 _WIDE = 8 << 10  # bytes: rows from here on are read, not mapped
 _INDEXED = 1 << 20  # rows: a directory up to this size has its ids in memory, 17 bytes each
+_INDEXED_PARTS = 64  # of a view: opening all of more would take longer than a few searches
 _TILES = 1024  # checksums a part, at most
 
 
@@ -287,7 +288,7 @@ class Reader:
 
     def locate(self, keys: Keys, view: int) -> tuple[Int64, Int64]:
         """``(part, row)`` of each key under a view, ``(N,)`` each; part -1 where there is none."""
-        if self.manifest.rows <= _INDEXED and view in self._runs:
+        if view in self._runs and self.manifest.rows <= _INDEXED and sum(len(run.numbers) for run in self._runs[view]) <= _INDEXED_PARTS:
             return self._look_up(keys, view)
         parts, rows = np.full(len(keys), -1, dtype=np.int64), np.full(len(keys), -1, dtype=np.int64)
         for run in self._runs.get(view, ()):
@@ -300,7 +301,8 @@ class Reader:
                 mine = open_[place == p]
                 for before in range(p, -1, -1):
                     found, looked = self._map(run.numbers[before]).find(keys[mine])
-                    self._touch(looked + 64 * len(mine))
+                    self._touch(looked)
+                    self._map(run.numbers[before]).release()  # a search maps far more than it reads
                     hit = found >= 0
                     parts[mine[hit]], rows[mine[hit]] = run.numbers[before], found[hit]
                     mine = mine[~hit]
@@ -326,6 +328,8 @@ class Reader:
         maps = [self._map(n) for n in numbers]
         self._touch(sum(part.check_ids() for part in maps))
         high, more = (np.concatenate([part.columns[name] for part in maps]) for name in ("id", "id_more"))
+        for part in maps:
+            part.release()
         counts = [part.entry.rows for part in maps]
         parts, rows = np.repeat(np.array(numbers, np.int32), counts), np.concatenate([np.arange(c, dtype=np.int32) for c in counts])
         order = np.lexsort((parts, more, high))
