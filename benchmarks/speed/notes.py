@@ -9,8 +9,8 @@ NOTES: dict[str, str] = {
     "per step, whatever the models.",
     "P4": "On one thread a training is only 9 s at K = 1, and what the filling adds beyond K T (finding the directory, hashing the teacher twice, "
     "the test rows, writing with fsync) weighs the more; not profiled further.",
-    "P9": "The first batch of 128 rows opens as many parts as it touches, 16 of 1 GB and about 120 of 10 GB; a batch cannot touch more than its rows, so "
-    "that the time should not grow beyond that (not measured at 100 GB).",
+    "P9": "The first batch of 128 rows opens as many parts as it touches, 16 of 1 GB and about 120 of 10 GB; a batch cannot touch more parts "
+    "than it has rows, so the time should not grow beyond that (not measured at 100 GB).",
     "P12": "Whole commands are timed, and the formula has no start, no evaluation, no measuring of the teacher's speed and no report, of which the "
     "sweep has five of most and the five runs have five of all.",
     "P7": "NumPy's memmap itself is 2.3 times as fast as LMDB here, so three times LMDB is beyond any checked store on this machine. The store "
