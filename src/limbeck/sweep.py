@@ -191,12 +191,14 @@ def sweep(
     rows: list[dict[str, Any]] = []
     lenders: dict[str, Path] = {}
     data: dict[str, Data] = {}
-    trained: dict[str, Any] | None = None
+    taught: dict[str, dict[str, Any]] = {}  # teachers that were trained, by all that their training depends on
     with Progress(progress) as shown:
         for number, point in enumerate(points, start=1):
             folder = out / "runs" / point.name
             shown.say(f"[{number}/{len(points)}] {', '.join(f'{k} = {v}' for k, v in point.values.items())}")
             recipe = point.recipe.model_copy(update={"export": [], "track": []})
+            own = json.dumps(recipe.model_dump(mode="json", include={"teacher", "data", "task", "seed", "train"}), sort_keys=True)
+            trained = taught.get(own)
             if trained is not None:
                 recipe = recipe.model_copy(update={"teacher": recipe.teacher and recipe.teacher.model_copy(update=trained)})
             lender = lenders.get(_baseline_key(recipe))
@@ -212,7 +214,7 @@ def sweep(
                 metrics = execute(job, shown)
             if trained is None and (folder / "teacher" / "model.json").is_file():
                 # it was trained for the first combination, and is the same for the others
-                trained = {"model": f"run:{(folder / 'teacher').resolve()}", "weights": None, "options": {}, "train": None}
+                taught[own] = {"model": f"run:{(folder / 'teacher').resolve()}", "weights": None, "options": {}, "train": None}
             if recipe.baseline:
                 lenders.setdefault(_baseline_key(recipe), folder)
             rows.append(_row(point, metrics, folder.relative_to(out)))

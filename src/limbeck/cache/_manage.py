@@ -125,6 +125,8 @@ def _verify_one(folder: Path, manifest: Manifest | UsageError, repair: bool) -> 
     if repair and (bad or foreign):
         with locked(folder / ".lock"):
             now = read_manifest(folder)
+            named = {p.name for p in now.parts}  # some may have been committed since
+            foreign = [p for p in foreign if p.name not in named and not _busy(folder, p)]
             kept = tuple(p for p in now.parts if p.name not in bad)
             write_manifest(folder, Manifest(now.identity, now.made, now.about, now.columns, kept))
             for path in [*(folder / name for name in bad), *foreign]:

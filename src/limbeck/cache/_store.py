@@ -183,7 +183,8 @@ class _Map:
                 if os.fstat(f.fileno()).st_ino != self.inode:
                     raise CacheDamaged(self.path, "was replaced while it was being read.")
                 for row, place in zip(rows.tolist(), out, strict=True):
-                    os.preadv(f.fileno(), [place.reshape(-1).view(np.uint8)], self.entry.offsets[name] + row * stride)
+                    if os.preadv(f.fileno(), [place.reshape(-1).view(np.uint8)], self.entry.offsets[name] + row * stride) != stride:
+                        raise CacheDamaged(self.path, "was cut off while it was being read.")
             return 0
         values.take(rows, axis=0, out=out, mode="clip")  # the rows are its own; this mode alone writes without a buffer
         return looked + max(out.nbytes, _AROUND * len(rows))
@@ -338,6 +339,8 @@ class Reader:
 
     def gather(self, name: str, parts: Int64, rows: Int64) -> npt.NDArray[Any]:
         """``(N, *shape)`` of one column at the places that :meth:`locate` gave."""
+        if (parts < 0).any():  # or it would be a row of the last part
+            raise CacheDamaged(self.folder / "manifest.json", "lacks rows that were there: they were taken out meanwhile.")
         column = next(c for c in self.manifest.columns if c.name == name)
         order = np.argsort(parts, kind="stable")
         parts, rows = parts[order], rows[order]

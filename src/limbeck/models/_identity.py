@@ -206,6 +206,8 @@ def sources(spec: ModelSpec, *, data: Data, base: Path, max_length: int) -> tupl
         return None
     if name.kind == "run" and name.path is not None and spec.weights is None:
         about, folder = read_about(name.path, "teacher.model", weights_may_be_gone=True)
+        if about["kind"] == "python" and not about["build"].get("file"):
+            return None  # its source lies in a module somewhere, and may have changed
         facts["record"] = {k: about[k] for k in ("kind", "num_classes", "dtype", "weights_sha256")}
         facts["record"]["build"] = {k: v for k, v in about["build"].items() if k not in ("imports_from", "module")}
         kept = {**about["preprocessing"]}
