@@ -15,5 +15,7 @@ def test_the_readme_shows_the_committed_results() -> None:
 
 
 def test_the_page_of_benchmarks_is_what_the_results_say() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "bench.py", "--table", "--check"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "bench.py", "--table", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
