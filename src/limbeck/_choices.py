@@ -20,12 +20,13 @@ __all__ = ["explicit", "resolved", "snapshot", "student_choice", "teacher_choice
 Choice = tuple[Engine, dict[str, Any]]
 
 
-def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int) -> Recipe:
-    """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run."""
+def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int, *, several: bool = False) -> Recipe:
+    """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run.
+
+    several: on several ranks, each of which has a device of its own: its kind is recorded, and not the main rank's number."""
     student = engines["student"]
-    train = recipe.train.model_copy(
-        update={"precision": student.precision, "layout": student.layout, "workers": workers, "device": str(student.device)}
-    )
+    device = student.device.type if several else str(student.device)
+    train = recipe.train.model_copy(update={"precision": student.precision, "layout": student.layout, "workers": workers, "device": device})
     teacher = recipe.teacher
     if teacher is not None and "teacher" in engines:
         teacher = teacher.model_copy(update={"precision": engines["teacher"].precision, "layout": engines["teacher"].layout})

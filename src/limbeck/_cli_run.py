@@ -53,13 +53,25 @@ def call(command: Any, arguments: Sequence[str], program: str) -> int:
 
 def emit(result: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:
     """Calls ``result``; with ``as_json`` whatever is printed meanwhile goes to standard error, and the result alone to standard output."""
-    if not as_json:
-        return result()
-    with _aside():
-        value = result()
+    with _launched():
+        if not as_json:
+            return result()
+        with _aside():
+            value = result()
     if os.environ.get("RANK", "0") == "0":
         print_json(value)
     return value
+
+
+def _launched() -> contextlib.AbstractContextManager[Any]:
+    """The other processes of this run, where a launcher has started several: joined before anything can go wrong."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return contextlib.nullcontext()
+    # before torch is loaded: DDP looks for parameters that a step did not use, and warns on every rank where it finds none
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from limbeck.ranks import joined
+
+    return joined()
 
 
 def print_json(value: Any) -> None:
@@ -96,6 +108,8 @@ def _aside() -> Iterator[None]:
 
 
 def _fail(error: LimbeckError, as_json: bool, program: str) -> int:
+    if not str(error):  # another rank says it
+        return error.exit_code
     problems: Sequence[Problem] = error.problems if isinstance(error, UsageError) else ()
     text = str(error)
     if len(problems) > 1 and type(error) is UsageError:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import Interrupted, Problem, UsageError
+from limbeck.ranks import ALONE, Ranks
 from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe
 from limbeck.run import disk_errors, is_left_over, read_json
 
-__all__ = ["Stop", "begun_seeds", "finished", "matches", "next_free", "refuse_taken", "same_run"]
+__all__ = ["Stop", "already", "begun_seeds", "finished", "matches", "next_free", "refuse_taken", "same_run"]
 
 
 def finished(folder: Path) -> bool:
@@ -98,6 +99,14 @@ def same_run(out: Path, recipe: Recipe, seeds: int) -> None:
         raise UsageError(problems)
 
 
+def already(out: Path, recipe: Recipe, seeds: int) -> dict[str, Any] | None:
+    """The metrics of a run that is finished; None where it is not. Raises UsageError where it was another run."""
+    if not finished(out):
+        return None
+    same_run(out, recipe, seeds)
+    return dict(read_json(out / "metrics.json"))
+
+
 def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
     """The given recipe with every ``auto`` replaced by what the run recorded in its place."""
     train = recipe.train.model_copy(
@@ -122,14 +131,20 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
 class Stop:
     """SIGTERM and SIGINT ask the run to leave after a checkpoint; asked again, it leaves at once."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.requested, self._ranks = False, ranks
 
     def __call__(self) -> bool:
         return self.requested
 
     def between(self, phase: str) -> None:
-        """Leave here, where everything finished so far is committed, if a signal came."""
+        """Leave here, where everything finished so far is committed, if a signal came to any rank; all ranks are here at once."""
+        if self._ranks.any(self.requested):
+            self.requested = True
+            self.alone(phase)
+
+    def alone(self, phase: str) -> None:
+        """The same where every rank works for itself."""
         if self.requested:
             raise Interrupted(f"Stopped by a signal before {phase}; everything finished so far is kept.")
 

@@ -17,6 +17,7 @@ from limbeck.loop import Feed
 from limbeck.models import Model, probe_shapes
 from limbeck.objective import Objective, needs_of
 from limbeck.randomness import order
+from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
 from limbeck.types import Batch, Inputs, Preprocessing, TextPreprocessing
 
@@ -32,9 +33,16 @@ class Parts:
     """One recipe on one set of data, for models that prepare their inputs as ``student`` and ``teacher`` say."""
 
     def __init__(
-        self, recipe: Recipe, data: Data, student: Preprocessing, teacher: Preprocessing | None, *, batch_statistics: bool = False
+        self,
+        recipe: Recipe,
+        data: Data,
+        student: Preprocessing,
+        teacher: Preprocessing | None,
+        *,
+        batch_statistics: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.recipe, self.data, self.student, self.teacher = recipe, data, student, teacher
+        self.recipe, self.data, self.student, self.teacher, self.ranks = recipe, data, student, teacher, ranks
         self.augment = augmentation(recipe.data.augment, data)
         views = recipe.teacher_cache.views
         # without augmentation every view of a sample is the same
@@ -158,9 +166,19 @@ class Parts:
     def logits(self, model: Model, split: Split, engine: Engine) -> np.ndarray[Any, Any]:
         """``(N, C)`` float64 logits of a model on a split, through its own preparation; the model is left in eval mode."""
         model.module.eval()
+        for buffer in model.module.buffers():  # batch statistics are each rank's own; those of the main rank are what is saved
+            self.ranks.broadcast(buffer)
         builder = self.builder(split, student=model.preprocessing)
         lengths = self.lengths(split, model.preprocessing)
-        return predict(lambda batch: model(batch.student), split, builder, engine, batch_size=EVALUATION_BATCH, lengths=lengths)
+        return predict(
+            lambda batch: model(batch.student),
+            split,
+            builder,
+            engine,
+            batch_size=EVALUATION_BATCH,
+            lengths=lengths,
+            ranks=self.ranks,
+        )
 
     def validation(self, model: Model, engine: Engine) -> Callable[[], dict[str, float]] | None:
         """Accuracy and nll on the validation split, in the precision that the model trains in; None where there is no such split."""

@@ -35,7 +35,7 @@ from limbeck.models import Model
 from limbeck.objective import Objective, needs_of
 from limbeck.progress import Progress, resident_bytes
 from limbeck.recipe import Recipe
-from limbeck.run import existing_parent
+from limbeck.run import NoLog, existing_parent
 from limbeck.teacher import LiveTeacher, Meter, Teacher
 from limbeck.types import Batch, Needs, Signal
 
@@ -127,16 +127,6 @@ class Beginning(Protocol):
     cached: tuple[bool, str]
 
 
-class _NoLog:
-    """A log that keeps nothing."""
-
-    offset = 0
-
-    def cut_role(self, role: str) -> None: ...
-
-    def write(self, line: Mapping[str, Any]) -> None: ...
-
-
 @dataclass(frozen=True)
 class _Few:
     """The requests of a few steps in place of a whole plan."""
@@ -218,7 +208,7 @@ def _train(
         requests = [BatchRequest(i, 0, batch.view, np.arange(len(batch))) for i, batch in enumerate(given)]
         builder: Any = lambda request: given[request.step]  # noqa: E731
         plan: Any = _Few(requests)
-        log: Any = _NoLog()
+        log = NoLog()
         recorder = Recorder("plan", nowhere, log, Progress("none"), stop)
         fit(model, timed, objective, Feed(plan, builder, len(given)), engine, settings, recipe.seed, recorder)
 

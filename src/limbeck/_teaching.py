@@ -48,6 +48,7 @@ from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, architecture_sha256, class_map, normalised_by_data, preprocessing_identity, state_hash
 from limbeck.objective import needs_of
 from limbeck.progress import Progress
+from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
 from limbeck.run import existing_parent, write_atomic
 from limbeck.teacher import LiveTeacher, Meter
@@ -446,10 +447,11 @@ def keep_answers(
     *,
     verify: int = VERIFIED,
     chosen: Callable[[], tuple[Engine, dict[str, Any]]],
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Ask the teacher for everything that is missing, after comparing some of what is there with it. Returns the record for the run.
 
-    chosen: how the teacher runs, where no cache says it (measured then).
+    chosen: how the teacher runs, where no cache says it (measured then). Several ranks share the parts that are missing.
     """
     recipe, parts, data = answers.recipe, answers.parts, answers.parts.data
     record: dict[str, Any] = {}
@@ -457,16 +459,17 @@ def keep_answers(
     for purpose, split in (("teach", data.train), ("test", data.test)):
         folder = answers.folders[purpose]
         why: dict[str, Any] = {"measured": [], "reason": "as the cache was begun"}
-        if not (folder / "manifest.json").exists():
-            engine, why = chosen() if purpose == "teach" else (exact, {"measured": [], "reason": "full precision for figures"})
-            made = {
-                "precision": engine.precision,
-                "layout": engine.layout,
-                "block": block_rows(model.preprocessing, device),
-                "threads": torch.get_num_threads(),
-            }
-            create(answers.root, found.identities[purpose], made, found.about, found.columns[purpose])
-        _, manifest = create(answers.root, found.identities[purpose], {}, found.about, found.columns[purpose])
+        with ranks.main_first():
+            if not (folder / "manifest.json").exists():
+                engine, why = chosen() if purpose == "teach" else (exact, {"measured": [], "reason": "full precision for figures"})
+                made = {
+                    "precision": engine.precision,
+                    "layout": engine.layout,
+                    "block": block_rows(model.preprocessing, device),
+                    "threads": torch.get_num_threads(),
+                }
+                create(answers.root, found.identities[purpose], made, found.about, found.columns[purpose])
+            _, manifest = create(answers.root, found.identities[purpose], {}, found.about, found.columns[purpose])
         engine = Engine(device, manifest.made["precision"], manifest.made["layout"])
         if purpose == "teach":
             record = {"precision": engine.precision, "layout": engine.layout, **why}
@@ -474,13 +477,14 @@ def keep_answers(
         live = LiveTeacher(model, engine, None, meter)
         builder = parts.builder(split, training=purpose == "teach", student=model.preprocessing)
         threads = 1 if split.source.in_memory else _cpus()
-        if verify and manifest.parts:
+        if verify and manifest.parts and ranks.main:
             _verify(answers, purpose, folder, stored, live, builder, verify)
         lacking = answers.lacking(purpose)
         if lacking:
             with _shown(progress, purpose, lacking) as tick:
                 fill(folder, answers.requests[purpose], _asker(live, stored, builder, threads), tick=tick, between=between)
         live.check_untouched()
+        ranks.barrier()
     return record
 
 

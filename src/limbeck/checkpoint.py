@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from limbeck.ranks import Ranks
 from limbeck.run import commit_folder, disk_errors, file_sha256, read_json, sweep
 
-__all__ = ["load_newest", "pack", "save", "unpack"]
+__all__ = ["from_main", "load_newest", "pack", "save", "unpack"]
 
 FORMAT = 1
 KEEP = 2
@@ -110,6 +111,24 @@ def load_newest(folder: Path, say: Callable[[str], None] = lambda text: None) ->
         except (OSError, ValueError, KeyError, TypeError) as e:
             say(f"Checkpoint {candidate} is passed over: {e}.")
     return None
+
+
+def from_main(ranks: Ranks, make: Callable[[], tuple[int, dict[str, Any]] | None]) -> tuple[int, dict[str, Any]] | None:
+    """What :func:`load_newest` finds on the main rank, on every rank, which need not see its files."""
+    if ranks.size == 1:
+        return make()
+    found = make() if ranks.main else None
+    own, tensors = pack(None if found is None else found[1])
+    told = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+    step, skeleton, shapes = ranks.from_main(lambda: [None if found is None else found[0], own, told])
+    if step is None:
+        return None
+    if not ranks.main:
+        tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
+    for tensor in tensors.values():
+        if tensor.numel():
+            ranks.broadcast(tensor)
+    return step, unpack(skeleton, tensors)
 
 
 def _committed(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from limbeck.data import BatchBuilder, Split, evaluation_requests, stream
 from limbeck.engine import Engine
 from limbeck.models import Model
 from limbeck.randomness import seed_for, uniform
+from limbeck.ranks import ALONE, Ranks
 from limbeck.types import Batch, Inputs
 
 __all__ = ["agreement", "bootstrap_interval", "latency", "metrics", "predict", "seeds_interval", "throughput"]
@@ -35,21 +36,27 @@ def predict(
     lengths: np.ndarray[Any, Any] | None = None,
     workers: int = 0,
     tick: Callable[[int], None] = lambda n: None,
+    ranks: Ranks = ALONE,
 ) -> Logits:
     """``(N, C)`` float64 logits of every row of ``split``, in the split's order, each row asked once (no padding rows).
 
-    ask: a batch on ``engine``'s device -> ``(B, C)`` logits. The caller has put the model into eval mode.
+    ask: a batch on ``engine``'s device -> ``(B, C)`` logits. The caller has put the model into eval mode. Several ranks share the batches, which are
+    the same for any number of ranks, and each gets the logits of all.
     """
     found: Logits | None = None
-    requests = evaluation_requests(split, batch_size, lengths)
+    requests = evaluation_requests(split, batch_size, lengths)[ranks.rank :: ranks.size]
     with torch.no_grad(), engine.autocast():
         for request, batch in stream(builder, requests, workers=workers, pin_memory=False):
             logits = ask(engine.send(batch)).double().cpu().numpy()
             if found is None:
-                found = np.empty((len(split), logits.shape[1]), dtype=np.float64)
+                found = np.zeros((len(split), logits.shape[1]), dtype=np.float64)
             found[request.rows] = logits
             tick(len(batch))
-    assert found is not None, "an empty split is refused before training"
+    classes = ranks.sum([found.shape[1] if found is not None and ranks.main else 0])[0]
+    assert classes, "an empty split is refused before training"
+    if found is None:
+        found = np.zeros((len(split), classes), dtype=np.float64)
+    ranks.add(found)
     return found
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from limbeck import checkpoint
-from limbeck.data import BatchBuilder, Plan, stream
+from limbeck.data import BatchBuilder, Plan, cuts, stream
 from limbeck.engine import Engine
-from limbeck.errors import Interrupted, NonFinite
+from limbeck.errors import Interrupted, LimbeckError, NonFinite
 from limbeck.models import Capture, Model
-from limbeck.objective import Objective
+from limbeck.objective import Objective, Rows
 from limbeck.progress import Progress, memory_bytes
 from limbeck.randomness import seed_for
+from limbeck.ranks import ALONE, Elsewhere, Ranks
 from limbeck.recipe import Train
 from limbeck.run import Log
 from limbeck.teacher import Teacher
-from limbeck.types import Batch, Outputs
+from limbeck.types import Batch, Outputs, Signal
 
 __all__ = ["Feed", "Recorder", "Trained", "decay_groups", "fit", "learning_rate"]
 
@@ -78,12 +80,16 @@ def fit(
     settings: Train,
     seed: int,
     recorder: Recorder,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train ``student`` in place on ``objective`` over all steps of ``feed.plan``, from the newest checkpoint where there is one.
 
     Per optimiser step: the learning rate and every schedule are functions of the step; the items of each term are counted over the whole step;
     each microbatch adds its share of the loss (sum over items / count), so the gradient does not depend on the cut (law 2). Dropout is drawn
     from a generator seeded by (seed, step, microbatch, rank), so nothing of a global generator has to be saved (law 4).
+
+    Each of several ranks takes its share of every step's rows; counts, gradients and the logged loss are sums over all of them. The main rank alone
+    writes, and what it finds in a checkpoint is given to the others.
 
     Raises: NonFinite at the step whose loss or gradient is not finite, before the weights are touched; Interrupted after a checkpoint when
     ``recorder.stop`` says so.
@@ -96,11 +102,11 @@ def fit(
     scaler = engine.scaler()
     average = Average(module, settings.ema) if settings.ema is not None else None
     state = _State(module, objective, optimizer, scaler, average)
-    watch = _Watch(optimizer, scaler, engine, [module, objective], recorder.role)
+    watch = _Watch(optimizer, scaler, engine, [module, objective], recorder.role, ranks)
     epochs = math.ceil(plan.total_steps / feed.round)
     done = Trained(0, 0.0, epochs - 1)
 
-    found = checkpoint.load_newest(recorder.checkpoints, recorder.progress.say)
+    found = checkpoint.from_main(ranks, lambda: checkpoint.load_newest(recorder.checkpoints, recorder.progress.say))
     if found is None:
         recorder.log.cut_role(recorder.role)
     else:
@@ -116,35 +122,46 @@ def fit(
     def commit() -> None:
         watch.look()
         recorder.log.write({"role": recorder.role, "step": done.steps, "checkpoint": True})
-        checkpoint.save(recorder.checkpoints, done.steps, {**state.capture(done), "log_offset": recorder.log.offset})
-        recorder.committed()
+        if ranks.main:
+            checkpoint.save(recorder.checkpoints, done.steps, {**state.capture(done), "log_offset": recorder.log.offset})
+            recorder.committed()
+        ranks.barrier()
 
-    requests = (plan.request(step) for step in range(done.steps, plan.total_steps))
+    requests = (plan.request(step).share(ranks.rank, ranks.size) for step in range(done.steps, plan.total_steps))
     with torch.inference_mode(False), torch.enable_grad(), Capture(module, objective.student_needs.features) as capture, _fork(engine):
         module.train()
         objective.train()
+        compute = _Compute(student, objective, capture, engine)
+        work = ranks.replicated(compute) if ranks.size > 1 else compute
         for request, whole in stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory):
+            selection = objective.select(whole)
+            leaving, items, *counted = ranks.sum([recorder.stop(), int(whole.mask.sum()), *selection.counts.values()])
+            if leaving:
+                commit()
+                raise Interrupted(f"Stopped by a signal at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint.")
+            counts = dict(zip(selection.counts, counted, strict=True))
             progress = request.step / plan.total_steps
             lr = learning_rate(settings, request.step, plan.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            selection = objective.select(whole)
             batch = engine.send(whole)
             for parameter in parameters:
                 parameter.grad = None
             seen: list[_Seen] = []
-            for micro, (start, stop) in enumerate(cuts(len(batch), settings.accumulate)):
+            parts = cuts(len(batch), settings.accumulate)
+            for micro, (start, stop) in enumerate(parts):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
                 signal = teacher(part, objective.teacher_needs) if teacher is not None else None
                 # After the teacher: whether it is asked, and what it draws, must not move the student's dropout.
-                engine.seed(seed_for(seed, "dropout", request.step, micro, 0))
-                with engine.autocast():
-                    outputs = Outputs(student(part.student), capture.features)
+                engine.seed(seed_for(seed, "dropout", request.step, micro, ranks.rank))
                 rows = selection.rows(start, stop, engine.device)
-                share, values = objective(outputs, signal, part, progress=progress, counts=selection.counts, rows=rows)
-                scaler.scale(share).backward()
-                seen.append(_Seen(share.detach(), values, outputs.logits, signal.logits if signal is not None else None, part))
-            loss, terms = _summed(seen)
+                with work.no_sync() if isinstance(work, DistributedDataParallel) and micro < len(parts) - 1 else nullcontext():
+                    share, values, logits = work(part, signal, progress, counts, rows)
+                    scaler.scale(share).backward()
+                seen.append(_Seen(share.detach(), values, logits, signal.logits if signal is not None else None, part))
+            own, terms = _summed(seen)
+            loss, *summed = ranks.total([own, *terms.values()])
+            terms = dict(zip(terms, summed, strict=True))
             scaler.unscale_(optimizer)
             norms = _norms(parameters, engine.device)
             norm = torch.linalg.vector_norm(norms)
@@ -158,7 +175,7 @@ def fit(
                 average.update(done.steps)
             done.steps = request.step + 1
             done.seconds = time.perf_counter() - began
-            rate.add(len(batch))
+            rate.add(items)
 
             epoch, epoch_ends = request.step // feed.round, done.steps % feed.round == 0 or done.steps == plan.total_steps
             if done.steps % settings.log_every == 0 or epoch_ends:
@@ -193,27 +210,30 @@ def fit(
             if epoch_ends:
                 _close_epoch(epoch, epochs, state, done, settings, recorder)
                 rate.restart()
-            leaving = recorder.stop()
-            if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
+            if done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps:
                 commit()
-            if leaving:
-                raise Interrupted(f"Stopped by a signal at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint.")
     optimizer.zero_grad(set_to_none=True)
     state.finish(done)
     module.eval()
     return done
 
 
-def cuts(count: int, accumulate: int) -> list[tuple[int, int]]:
-    """The bounds of the microbatches of a step: ``accumulate`` nearly equal parts; fewer where one would have a single sample, which batch
-    statistics cannot be taken of.
+class _Compute(nn.Module):
+    """From a microbatch to its share of the loss. Student and objective are one module, so that several ranks replicate both alike."""
 
-    >>> cuts(7, 2), cuts(5, 4), cuts(1, 4)
-    ([(0, 4), (4, 7)], [(0, 3), (3, 5)], [(0, 1)])
-    """
-    parts = min(accumulate, max(1, count // 2))
-    sizes = [count // parts + (i < count % parts) for i in range(parts)]
-    return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(parts)]
+    def __init__(self, student: Model, objective: Objective, capture: Capture, engine: Engine) -> None:
+        super().__init__()
+        self.student, self.objective = student.module, objective
+        self._ask, self._capture, self._engine = student, capture, engine
+
+    def forward(
+        self, part: Batch, signal: Signal | None, progress: float, counts: Mapping[str, int], rows: Rows
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The share, each term's part of it, and the student's logits."""
+        with self._engine.autocast():
+            outputs = Outputs(self._ask(part.student), self._capture.features)
+        share, values = self.objective(outputs, signal, part, progress=progress, counts=counts, rows=rows)
+        return share, values, outputs.logits
 
 
 def learning_rate(settings: Train, step: int, total: int) -> float:
@@ -439,10 +459,16 @@ class _Watch:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, engine: Engine, modules: list[nn.Module], role: str
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        engine: Engine,
+        modules: list[nn.Module],
+        role: str,
+        ranks: Ranks,
     ) -> None:
         self._optimizer: Any = optimizer
-        self._scaler, self._engine, self._role = scaler, engine, role
+        self._scaler, self._engine, self._role, self._ranks = scaler, engine, role, ranks
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self._kept: tuple[_Facts, Tensor, torch.cuda.Event | None] | None = None
@@ -455,7 +481,7 @@ class _Watch:
         self.look()
         if not (self._engine.asynchronous or self._scaler.is_enabled()):
             if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
-                raise NonFinite(self._message(facts))
+                raise self._error(facts)
             return
         skipped = ~(loss.isfinite() & norm.isfinite())
         self._optimizer.found_inf = skipped.float()
@@ -479,7 +505,12 @@ class _Watch:
         if event is not None:
             event.synchronize()
         if bool(told):
-            raise NonFinite(self._message(facts))
+            raise self._error(facts)
+
+    def _error(self, facts: _Facts) -> LimbeckError:
+        """Loss and norm are sums over all ranks, so all of them are here: one whose own loss is bad can say where."""
+        concerned = any(not math.isfinite(float(seen.loss)) for seen in facts.seen)
+        return NonFinite(self._message(facts)) if self._ranks.speaker(concerned) else Elsewhere(NonFinite.exit_code)
 
     def _message(self, facts: _Facts) -> str:
         start = f"Step {facts.step + 1} of the {self._role}: "

@@ -23,7 +23,7 @@ from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
 
-__all__ = ["Objective", "Selection", "check_terms", "needs_of", "value_at"]
+__all__ = ["Objective", "Rows", "Selection", "check_terms", "needs_of", "value_at"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of captured features by module path, batch first."""

@@ -24,6 +24,7 @@ from limbeck.errors import DiskFull, Problem, UsageError
 
 __all__ = [
     "Log",
+    "NoLog",
     "check_trackers",
     "commit_folder",
     "file_sha256",
@@ -228,6 +229,27 @@ class Log:
             board.close()
         for tracker in self._trackers:
             tracker.end(failed)
+
+
+class NoLog(Log):
+    """A log that keeps nothing: of a rank that does not write, or of steps that are only timed."""
+
+    def __init__(self) -> None:
+        self._trackers = []
+
+    @property
+    def offset(self) -> int:
+        return 0
+
+    def track(self, names: list[str], folder: Path, config: dict[str, Any]) -> None: ...
+
+    def cut(self, offset: int) -> None: ...
+
+    def cut_role(self, role: str) -> None: ...
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def join_logs(parent: Path, child: Path) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from limbeck import checkpoint
 from limbeck._choices import explicit, resolved, snapshot, student_choice
-from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
+from limbeck._folder import Stop, already, begun_seeds, finished, make, matches, next_free, refuse_taken
 from limbeck._parts import Parts
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
@@ -45,10 +46,23 @@ from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, build_model, class_map, load_into, save_model, sources, state_hash, validate_paths
 from limbeck.objective import Objective, needs_of
 from limbeck.progress import Progress
+from limbeck.ranks import ALONE, Ranks, joined, restarted
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
-from limbeck.run import Log, check_trackers, commit_folder, join_logs, provenance, read_json, sweep, write_atomic, write_json
+from limbeck.run import (
+    Log,
+    NoLog,
+    check_trackers,
+    commit_folder,
+    finite,
+    join_logs,
+    provenance,
+    read_json,
+    sweep,
+    write_atomic,
+    write_json,
+)
 from limbeck.teacher import LiveTeacher, Meter, Teacher
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
@@ -64,6 +78,7 @@ class Job:
     sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
     teacher; None: some, where the teacher is loaded anyway. uses: how many students learn from its answers, this one included, where
     that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed) are this run's too.
+    ranks: the processes that share the work, all of which hold the same job.
     """
 
     recipe: Recipe
@@ -77,6 +92,7 @@ class Job:
     verify_cache: int | None = None
     uses: int = 0
     lender: Path | None = None
+    ranks: Ranks = ALONE
 
 
 def run_recipe(
@@ -95,9 +111,14 @@ def run_recipe(
 
     seeds: None is one, or on resume as many as the run was begun with.
     """
-    out = out or next_free(Path("runs"), _run_name(recipe, command))
-    refuse_taken(out, resume)
-    return run_into(recipe, base=base, out=out, resume=resume, seeds=seeds, progress=progress, dry_run=dry_run, verify_cache=verify_cache)
+    with joined() as ranks:
+        out = out or Path(ranks.from_main(lambda: str(next_free(Path("runs"), _run_name(recipe, command)))))
+        resume = resume or restarted()
+        if ranks.main:
+            refuse_taken(out, resume)
+        return run_into(
+            recipe, base=base, out=out, resume=resume, seeds=seeds, progress=progress, dry_run=dry_run, verify_cache=verify_cache
+        )
 
 
 def run_into(
@@ -112,14 +133,15 @@ def run_into(
     verify_cache: int | None = None,
 ) -> dict[str, Any]:
     """:func:`run_recipe` into a folder that the caller has judged."""
-    recipe, seeds = absolute(recipe, base), seeds or begun_seeds(out)
-    with Progress(progress) as shown:
-        if finished(out):
-            same_run(out, recipe, seeds)
+    recipe = absolute(recipe, base)
+    with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
+        count = int(ranks.from_main(lambda: seeds or begun_seeds(out)))
+        done = ranks.from_main(lambda: already(out, recipe, count))
+        if done is not None:
             shown.say(f"{out} is finished; nothing is left to do.")
-            return dict(read_json(out / "metrics.json"))
-        job = job_of(recipe, base, out, resume=resume, seeds=seeds, verify_cache=verify_cache)
-        return execute(job, shown, dry_run=dry_run)
+            return dict(done)
+        job = job_of(recipe, base, out, resume=resume, seeds=count, verify_cache=verify_cache)
+        return execute(replace(job, ranks=ranks), shown, dry_run=dry_run)
 
 
 def job_of(
@@ -188,7 +210,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     device = choose_device(recipe.train.device)
     check_precision(recipe.train.precision, device)
     student = job.build_student(recipe.seed)
-    parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=_has_batch_statistics(student))
+    parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=_has_batch_statistics(student), ranks=job.ranks)
     begun = Begun(device, student, parts, None, [], {})  # type: ignore[arg-type]
     told: Sources | None = None
     if recipe.teacher is not None and recipe.teacher.model.startswith("logits:"):
@@ -199,7 +221,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         )
     elif job.build_teacher is not None and recipe.teacher is not None:
         begun.cached = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
-        if begun.cached[0] and _went_live(job):
+        if begun.cached[0] and job.ranks.from_main(lambda: _went_live(job)):
             begun.cached = (False, "the run was begun without")
         begun.answers = Answers(recipe, parts) if begun.cached[0] else None
         training = recipe.teacher.train
@@ -272,22 +294,23 @@ def keep(begun: Begun, told: Sources | None) -> None:
 
 def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
     """The spine. Everything that can be wrong is found before the first file is written."""
-    recipe, data, started = job.recipe, job.data, time.perf_counter()
+    recipe, data, ranks, started = job.recipe, job.data, job.ranks, time.perf_counter()
     begun = begin(job)
-    recorded = matches(job.out, recipe, begun.facts)
+    recorded = _recorded(job, begun.facts)
     for note in [*begun.notes, _summary(data, begun)]:
         progress.say(note)
     if dry_run:
         return make_plan(job, begun, recorded[0] if recorded is not None and "choices" in recorded[1] else recipe, progress)
 
-    stop = Stop()
+    stop = Stop(ranks)
     resumed: dict[str, list[int]] = {}
     meter = None if begun.model is None else Meter(begun.model.module)
-    make(job.out)
-    cost = _Cost(job.out / "checkpoints" / "cost.json", meter, started)
-    sweep(job.out)
+    if ranks.main:
+        make(job.out)
+        sweep(job.out)
+    cost = _Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
     with stop.listening():
-        if recorded is None:
+        if recorded is None and ranks.main:
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
             write_json(job.out / "environment.json", {"facts": begun.facts})
         if begun.model is not None and begun.to_train:
@@ -303,7 +326,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
 
         def between() -> None:
             cost.keep()
-            stop.between("the next part of the teacher's answers")
+            stop.alone("the next part of the teacher's answers")
 
         asked = recorded[0] if recorded is not None and known else recipe
         teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
@@ -324,9 +347,15 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
             if teacher is not None and recipe.train.precision == "auto":
                 signal = teacher(Engine(begun.device).send(batch), begun.objective.teacher_needs)
             engines = {"teacher": choices[0]} if choices is not None else {}
-            engines["student"], why = student_choice(begun.student, signal, begun.objective, batch, begun.device, recipe.train, recipe.seed)
-            workers, reason = choose_workers(recipe.train.workers, data.train, begun.parts.augment)
-            recipe = resolved(recipe, engines, workers)
+            engines["student"], why = _from_main(
+                ranks,
+                lambda: student_choice(begun.student, signal, begun.objective, batch, begun.device, job.recipe.train, job.recipe.seed),
+                begun.device,
+            )
+            workers, reason = ranks.from_main(
+                lambda: choose_workers(job.recipe.train.workers, data.train, begun.parts.augment, ranks.local_size)
+            )
+            recipe = resolved(recipe, engines, workers, several=ranks.size > 1)
             device = begun.device.type
             record = {
                 **(
@@ -338,13 +367,15 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
                 "workers": {"value": workers, "reason": reason},
                 "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
             }
-            environment = {**provenance(), **_where(engines, begun.device), "choices": record, "facts": begun.facts}
-            # The recipe first: choices that stand in the environment are taken from the recipe on resume.
-            write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
-            write_json(job.out / "environment.json", environment)
+            environment = {**provenance(), **_where(engines, begun.device, ranks), "choices": record, "facts": begun.facts}
+            if ranks.main:
+                # The recipe first: choices that stand in the environment are taken from the recipe on resume.
+                write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
+                write_json(job.out / "environment.json", environment)
         else:
             recipe = recorded[0]
             engines = explicit(recipe, begun.device)
+            environment = {**environment, "world_size": ranks.size, "threads": torch.get_num_threads()}
         begun.parts.recipe = recipe
         shared.engine, shared.environment = engines["student"], environment
         result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, begun.student, shared)
@@ -372,7 +403,7 @@ def _teacher_at_work(
 
     if answers is None:
         assert model is not None
-        engine, why = choice()
+        engine, why = _from_main(job.ranks, choice, device)
         return LiveTeacher(model, engine, begun.columns, meter), (engine, why)
     if model is not None and begun.found is not None and meter is not None:
         verify = VERIFIED if job.verify_cache is None else job.verify_cache
@@ -386,6 +417,7 @@ def _teacher_at_work(
             between,
             verify=verify,
             chosen=choice,
+            ranks=job.ranks,
         )
     else:
         why = {"measured": [], "reason": "as its answers were given"}
@@ -404,9 +436,11 @@ def _teacher_on_record(begun: Begun, shared: _Shared, meter: Meter | None) -> tu
         begun.model = None
         return logits, {"metrics": found, **kept}
     shared.stop.between("the teacher is measured")
-    shared.exact.place(model.module)
-    measured = measures(model, begun.parts.samples(model.preprocessing), shared.exact)
-    begun.answers.keep_figures(measured, begun.device)
+    measured: dict[str, Any] = {}
+    if begun.parts.ranks.main:
+        shared.exact.place(model.module)
+        measured = measures(model, begun.parts.samples(model.preprocessing), shared.exact)
+        begun.answers.keep_figures(measured, begun.device)
     if meter is not None:
         meter.close()
     begun.model = None
@@ -420,18 +454,28 @@ _NOTHING: dict[str, Any] = {"teacher_items": 0, "teacher_seconds": 0.0, "cache_h
 class _Cost:
     """What the run has cost so far, over all its processes: kept beside the checkpoints, so that a resume goes on counting."""
 
-    def __init__(self, path: Path, meter: Meter | None, began: float) -> None:
-        self.path, self.meter, self.began = path, meter, began
+    def __init__(self, path: Path, meter: Meter | None, began: float, ranks: Ranks) -> None:
+        self.path, self.meter, self.began, self.ranks = path, meter, began, ranks
         self.cached: CachedTeacher | TableTeacher | None = None
         self.before = {**_NOTHING, **(read_json(path) if path.is_file() else {})}
+        self.others = [0, 0]  # items and hits of the other ranks, when they were last asked
+
+    def ask_ranks(self) -> None:
+        """Called by all ranks at once."""
+        own = self._own()
+        self.others = [both - mine for both, mine in zip(self.ranks.sum(own), own, strict=True)]
+
+    def _own(self) -> list[int]:
+        return [0 if self.meter is None else self.meter.items, 0 if self.cached is None else self.cached.hits]
 
     def so_far(self) -> dict[str, Any]:
-        items, seconds = (0, 0.0) if self.meter is None else (self.meter.items, self.meter.seconds)
+        items, hits = (mine + theirs for mine, theirs in zip(self._own(), self.others, strict=True))
+        seconds = 0.0 if self.meter is None else self.meter.seconds
         earlier = self.before["teacher_seconds"]
         return {
             "teacher_items": self.before["teacher_items"] + items,
             "teacher_seconds": None if seconds is None or earlier is None else earlier + seconds,
-            "cache_hits": self.before["cache_hits"] + (0 if self.cached is None else self.cached.hits),
+            "cache_hits": self.before["cache_hits"] + hits,
             "total_seconds": self.before["total_seconds"] + time.perf_counter() - self.began,
         }
 
@@ -439,6 +483,8 @@ class _Cost:
         return {k: None if v is None or start[k] is None else v - start[k] for k, v in self.so_far().items()}
 
     def keep(self) -> None:
+        if not self.ranks.main:
+            return
         make(self.path.parent)
         write_json(self.path, self.so_far())
 
@@ -467,11 +513,12 @@ class _Shared:
 
 def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _Shared) -> dict[str, Any]:
     """Train student and baseline from the same initial weights, evaluate, export, report."""
-    data, parts, teacher, stop = job.data, shared.parts, shared.teacher, shared.stop
-    make(folder)
-    if folder != job.out:
-        write_atomic(folder / "recipe.yaml", recipe.to_yaml())
-    log = Log(folder)
+    data, parts, teacher, stop, ranks = job.data, shared.parts, shared.teacher, shared.stop, job.ranks
+    if ranks.main:
+        make(folder)
+        if folder != job.out:
+            write_atomic(folder / "recipe.yaml", recipe.to_yaml())
+    log = Log(folder) if ranks.main else NoLog()
     try:
         log.track(list(recipe.track), folder, recipe.model_dump(mode="json"))
         begun = shared.cost.so_far() if folder != job.out else _NOTHING
@@ -493,7 +540,8 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
         steps = [step for found in resumed.values() for step in found]
         environment = {**shared.environment, "seed": recipe.seed, "resumed_from": steps, "resumed": resumed}
-        write_json(folder / "environment.json", environment)
+        if ranks.main:
+            write_json(folder / "environment.json", environment)
 
         logits: dict[str, np.ndarray[Any, Any]] = {}
         measured: dict[str, Any] = {}
@@ -506,8 +554,12 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
                 student.module.load_state_dict(trained[role][1])
                 shared.exact.place(student.module)
                 logits[role] = parts.logits(student, data.test, shared.exact)
-                measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact)
+                if ranks.main:
+                    measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact)
         stop.between("the export")
+        shared.cost.ask_ranks()
+        if not ranks.main:  # the rest is written, which one rank does
+            return dict(ranks.from_main(dict))
         exported: dict[str, Any] = {}
         failure: Stopped | None = None
         if recipe.export:
@@ -543,7 +595,31 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
     if failure is not None:
         raise failure
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return result
+    return dict(ranks.from_main(lambda: finite(result)))
+
+
+def _from_main(ranks: Ranks, choose: Callable[[], tuple[Engine, dict[str, Any]]], device: torch.device) -> tuple[Engine, dict[str, Any]]:
+    """What the main rank chose by measuring; the others run the same on their own devices."""
+
+    def told() -> list[Any]:
+        engine, why = choose()
+        return [engine.precision, engine.layout, why]
+
+    precision, layout, why = ranks.from_main(told)
+    return Engine(device, precision, layout), why
+
+
+def _recorded(job: Job, facts: dict[str, Any]) -> tuple[Recipe, dict[str, Any]] | None:
+    """What a run to be resumed has recorded, as the main rank finds it."""
+    if job.ranks.size == 1:
+        return matches(job.out, job.recipe, facts)
+
+    def told() -> list[Any] | None:
+        found = matches(job.out, job.recipe, facts)
+        return None if found is None else [found[0].model_dump(mode="json"), found[1]]
+
+    found = job.ranks.from_main(told)
+    return None if found is None else (Recipe.model_validate(found[0]), found[1])
 
 
 def _lent(lender: Path, folder: Path, baseline: Model) -> tuple[Trained, State]:
@@ -568,7 +644,7 @@ def _train_role(
         feed = parts.feed(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher), **how)
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep)
-    return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes)
+    return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes, parts.ranks)
 
 
 def _fit_once(
@@ -581,19 +657,21 @@ def _fit_once(
     recipe: Recipe,
     recorder: Recorder,
     classes: tuple[str, ...],
+    ranks: Ranks,
 ) -> tuple[Trained, State]:
     """Fit, unless ``final`` stands and its last state is on record; commit the model as ``final``."""
     done = recorder.checkpoints.with_name(f"{recorder.checkpoints.name}-done")
-    found = checkpoint.load_newest(done, recorder.progress.say)
+    found = checkpoint.from_main(ranks, lambda: checkpoint.load_newest(done, recorder.progress.say))
     if found is not None:
         engine.place(student.module)
         student.module.load_state_dict(found[1]["student"])
         trained, state = Trained(**found[1]["done"]), found[1]["student"]
     else:
-        trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder)
+        trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder, ranks)
         state = snapshot(student.module)
-        checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
-    if not final.is_dir():
+        if ranks.main:
+            checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
+    if ranks.main and not final.is_dir():
         save_model(student, final, classes)
     return trained, state
 
@@ -622,22 +700,28 @@ def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Pro
     given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
     recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={**given, "ema": None, "select": "last"})})
     progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
-    own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=_has_batch_statistics(teacher))
+    ranks = job.ranks
+    own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=_has_batch_statistics(teacher), ranks=ranks)
     objective = own.baseline_objective()
     choice_file = job.out / "checkpoints" / "teacher.json"
-    if choice_file.is_file():
-        engine = Engine(device, **read_json(choice_file))
-    else:
-        engine, _ = student_choice(teacher, None, objective, own.first_batch(recipe, with_teacher=False), device, recipe.train, recipe.seed)
+
+    def choice() -> tuple[Engine, dict[str, Any]]:
+        if choice_file.is_file():
+            return Engine(device, **read_json(choice_file)), {}
+        batch = own.first_batch(recipe, with_teacher=False)
+        engine, _ = student_choice(teacher, None, objective, batch, device, recipe.train, recipe.seed)
         make(choice_file.parent)
         write_json(choice_file, {"precision": engine.precision, "layout": engine.layout})
-    workers, _ = choose_workers(recipe.train.workers, job.data.train, own.augment)
-    log = Log(job.out)
+        return engine, {}
+
+    engine, _ = _from_main(ranks, choice, device)
+    workers, _ = ranks.from_main(lambda: choose_workers(recipe.train.workers, job.data.train, own.augment, ranks.local_size))
+    log = Log(job.out) if ranks.main else NoLog()
     try:
         validate = own.validation(teacher, engine)
         recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep)
         feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
-        trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes)
+        trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes, ranks)
     finally:
         log.close()
     teacher.weights_sha256 = state_hash(teacher.module)
@@ -655,8 +739,9 @@ def _evaluate_teacher(shared: _Shared) -> tuple[np.ndarray[Any, Any], dict[str, 
             logits = parts.logits(teacher.model, parts.data.test, shared.exact)
             teacher.meter.add(time.perf_counter() - start, shared.exact.device)
             shared.teacher_logits = teacher.in_data_order(logits)
-            samples = parts.samples(teacher.model.preprocessing)
-            shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, samples, shared.exact)
+            if parts.ranks.main:
+                samples = parts.samples(teacher.model.preprocessing)
+                shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, samples, shared.exact)
         teacher.check_untouched()
     return shared.teacher_logits, shared.teacher_figures
 
@@ -668,12 +753,15 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
         shared.stop.between(f"seed {seed}")
         child = job.out / f"seed-{seed}"
         children.append(child)
-        if finished(child):
-            results.append(read_json(child / "metrics.json"))
+        done = job.ranks.from_main(partial(_finished_metrics, child))
+        if done is not None:
+            results.append(done)
             continue
         shared.progress.say(f"seed {seed}")
         own = recipe.model_copy(update={"seed": seed})
         results.append(_one_seed(job, child, own, job.build_student(seed), shared))
+    if not job.ranks.main:
+        return dict(job.ranks.from_main(dict))
     result, best = joint_metrics(results)
     result["cost"] |= shared.cost.so_far()
     for name in ("student", "baseline", "export"):
@@ -689,7 +777,11 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
     write_json(job.out / "metrics.json", result)
     write_report([job.out], job.out / "report.html")
     shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
-    return result
+    return dict(job.ranks.from_main(lambda: finite(result)))
+
+
+def _finished_metrics(folder: Path) -> dict[str, Any] | None:
+    return dict(read_json(folder / "metrics.json")) if finished(folder) else None
 
 
 def _check_models(recipe: Recipe, student: Model, teacher: Model | None) -> None:
@@ -748,14 +840,14 @@ def _warnings(student: Model, teacher: Known | None, to_train: bool) -> list[str
     return notes
 
 
-def _where(engines: dict[str, Engine], device: torch.device) -> dict[str, Any]:
+def _where(engines: dict[str, Engine], device: torch.device, ranks: Ranks) -> dict[str, Any]:
     student = engines["student"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "device": str(device),
         "device_name": name,
         "threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": ranks.size,
         "precision": student.precision,
         "layout": student.layout,
         "teacher_precision": engines["teacher"].precision if "teacher" in engines else None,

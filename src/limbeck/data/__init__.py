@@ -6,7 +6,7 @@ builder makes the batch, each model's inputs from the same view; a stream does s
 
 from __future__ import annotations
 
-from limbeck.data.batches import BatchBuilder, Plan, Request, evaluation_requests
+from limbeck.data.batches import BatchBuilder, Plan, Request, cuts, evaluation_requests
 from limbeck.data.keys import view_keys
 from limbeck.data.load import FORMS, load_data
 from limbeck.data.loader import choose_workers, stream
@@ -28,6 +28,7 @@ __all__ = [
     "Split",
     "augmentation",
     "choose_workers",
+    "cuts",
     "data_from_python",
     "evaluation_requests",
     "load_data",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from limbeck.randomness import order
 from limbeck.recipe import Augment
 from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing
 
-__all__ = ["BatchBuilder", "Plan", "Request", "evaluation_requests"]
+__all__ = ["BatchBuilder", "Plan", "Request", "cuts", "evaluation_requests"]
 
 Int64 = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -31,12 +31,38 @@ _BUCKET = 50  # batches that are sorted by length together: long enough for litt
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One batch to build. step: of the whole fit, from 0. rows: ``(B,)`` int64 indices into the split."""
+    """One batch to build. step: of the whole fit, from 0. rows: ``(B,)`` int64 indices into the split. counted: False where no loss counts them."""
 
     step: int
     epoch: int
     view: int
     rows: Int64
+    counted: bool = True
+
+    def share(self, rank: int, size: int) -> Request:
+        """The rows of one of ``size`` ranks; together they are those of this request, in order.
+
+        A batch too small to give every rank two rows gives some ranks none. Such a rank goes along with rows that no loss counts, because every rank
+        takes part in every step.
+        """
+        if size == 1:
+            return self
+        bounds = cuts(len(self.rows), size)
+        if rank < len(bounds):
+            start, stop = bounds[rank]
+            return replace(self, rows=self.rows[start:stop])
+        return replace(self, rows=self.rows[:2], counted=False)
+
+
+def cuts(count: int, parts: int) -> list[tuple[int, int]]:
+    """The bounds of ``parts`` nearly equal parts; fewer where one would have a single sample, which batch statistics cannot be taken of.
+
+    >>> cuts(7, 2), cuts(5, 4), cuts(1, 4)
+    ([(0, 4), (4, 7)], [(0, 3), (3, 5)], [(0, 1)])
+    """
+    parts = min(parts, max(1, count // 2))
+    sizes = [count // parts + (i < count % parts) for i in range(parts)]
+    return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(parts)]
 
 
 class Plan:
@@ -201,7 +227,8 @@ class BatchBuilder:
         if self._teacher is not None:
             teacher = student if self._shared else prepare("teacher", self._teacher)
         keys = self._ids[rows] if other is None else pair_ids(self._ids[rows], self._ids[other])
-        return Batch(self._ids[rows], request.view, student, teacher, labels, torch.ones(len(rows), dtype=torch.bool), keys)
+        mask = torch.full((len(rows),), request.counted)
+        return Batch(self._ids[rows], request.view, student, teacher, labels, mask, keys)
 
     def _view(self, rows: Int64, view: int) -> tuple[Raw | None, tuple[int, int] | None]:
         """Raw samples as this view shows them, and the (height, width) that they all had before."""

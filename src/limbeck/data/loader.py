@@ -182,8 +182,8 @@ def _unguarded_script() -> str | None:
     return None if "__main__" in text or not file.endswith(".py") else str(file)
 
 
-def choose_workers(setting: int | Literal["auto"], split: Split, augment: Augment | None) -> tuple[int, str]:
-    """How many loader processes, and why, for the record.
+def choose_workers(setting: int | Literal["auto"], split: Split, augment: Augment | None, ranks: int = 1) -> tuple[int, str]:
+    """How many loader processes each rank has, and why, for the record. ranks: on this machine, which share its processors.
 
     Raises:
         UsageError: processes are asked for by a script that they would run again.
@@ -204,4 +204,5 @@ def choose_workers(setting: int | Literal["auto"], split: Split, augment: Augmen
     free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
     if free is not None and free < 512 << 20:
         return 0, f"/dev/shm has only {free >> 20} MiB free for batches of worker processes (docker: --shm-size=8g)"
-    return min(8, max(1, cpus - 1)), f"samples are decoded when they are read, and there are {cpus} CPUs"
+    shared = f" for {ranks} ranks" if ranks > 1 else ""
+    return min(8, max(1, cpus // ranks - 1)), f"samples are decoded when they are read, and there are {cpus} CPUs{shared}"

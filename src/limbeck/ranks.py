@@ -1,0 +1,224 @@
+"""The processes of one run: a single one, or several that PyTorch's own launcher (torchrun) has started.
+
+Every rank runs the same spine. What is decided by looking at files or by measuring is decided by the main rank and told to the others; what
+is written is written by the main rank. So nothing has to be shared but the network: a folder that only the main rank can see will do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from limbeck.errors import LimbeckError, Problem, Stopped, UsageError
+
+__all__ = ["ALONE", "Elsewhere", "Ranks", "joined", "restarted"]
+
+TIMEOUT = 1800.0
+"""Seconds that a rank waits for another; ``LIMBECK_RANK_TIMEOUT`` sets another number."""
+
+_FAILED, _SAID = "limbeck/failed", "limbeck/said"
+
+
+class Elsewhere(LimbeckError):
+    """Another rank has failed and says why; this one ends without a word, with the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__("")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is. ``local_size``: how many of them are on this machine. Alone, nothing here talks to anybody."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank decides, writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """The sums of these numbers over all ranks, on the CPU."""
+        if self.size == 1:
+            return list(values)
+        told = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(told)
+        return [int(v) for v in told.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on some rank; the same answer on all."""
+        return self.sum([int(flag)])[0] > 0
+
+    def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over all ranks of scalars, where they are; nothing waits for a device."""
+        if self.size == 1:
+            return list(tensors)
+        joint = torch.stack([t.detach().double() for t in tensors])
+        dist.all_reduce(joint)
+        return [t.to(own.dtype) for t, own in zip(joint.unbind(), tensors, strict=True)]
+
+    def add(self, array: Any) -> None:
+        """Sum a NumPy array over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(torch.from_numpy(array))
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives on the main rank (plain values, as JSON has them), on every rank. Alone, the very object."""
+        if self.size == 1:
+            return make()
+        raw = json.dumps(make()).encode() if self.main else b""
+        return json.loads(self.broadcast_bytes(raw))
+
+    def broadcast_bytes(self, raw: bytes) -> bytes:
+        """The main rank's bytes."""
+        length = torch.tensor([len(raw)])
+        dist.broadcast(length, 0)
+        told = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if self.main else torch.empty(int(length), dtype=torch.uint8)
+        if len(told):
+            dist.broadcast(told, 0)
+        return told.numpy().tobytes()
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """The main rank's values, into ``tensor`` on every rank."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum([0])
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main rank goes through this block, and then all the others."""
+        if not self.main:
+            self.barrier()
+        yield
+        if self.main:
+            self.barrier()
+
+    def speaker(self, concerned: bool) -> bool:
+        """Of the ranks that are concerned the first; the main rank where none is. All ranks ask at once."""
+        if self.size == 1:
+            return True
+        flags = [0] * self.size
+        flags[self.rank] = int(concerned)
+        told = self.sum(flags)
+        return self.rank == (told.index(1) if any(told) else 0)
+
+    def replicated(self, module: nn.Module) -> nn.Module:
+        """The module as PyTorch's DistributedDataParallel, whose gradients are the *sums* over the ranks.
+
+        Each rank's loss is its share of the loss of the whole step (its items, divided by the count of all), so the shares are added. DDP by
+        itself would divide by the number of ranks. The main rank's weights and buffers are given to all.
+        """
+        wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+        wrapped.register_comm_hook(None, _added)
+        return wrapped
+
+
+ALONE = Ranks()
+
+
+def _added(_, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are texts
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def launched() -> bool:
+    """Whether torchrun (or another launcher that sets its variables) has started this process as one of several."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def restarted() -> bool:
+    """Whether the launcher has started the processes of this run again after one was lost: then what was begun is gone on with."""
+    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of this run, for the length of a ``with`` block: alone, or all that the launcher started. May be nested.
+
+    An error on any rank ends all of them, with one message: who fails first says why, and the others leave with :class:`Elsewhere`. A rank that
+    was lost, or that does not answer within the timeout, ends the others with a sentence and exit code 3.
+    """
+    if dist.is_available() and dist.is_initialized():  # joined further up, or by the program that calls Limbeck
+        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return
+    if not launched():
+        yield ALONE
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=_timeout())
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=PrefixStore("limbeck/group", store), rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        dist.barrier()
+    except BaseException as error:
+        raise _one_message(store, error) from error
+    dist.destroy_process_group()
+
+
+def _timeout() -> float:
+    given = os.environ.get("LIMBECK_RANK_TIMEOUT", "")
+    try:
+        seconds = float(given) if given else TIMEOUT
+        if seconds > 0:
+            return seconds
+    except ValueError:
+        pass
+    raise UsageError(Problem("LIMBECK_RANK_TIMEOUT", f"got {given!r}, expected a number of seconds above 0."))
+
+
+def _one_message(store: Any, error: BaseException) -> BaseException:
+    """The error, on the rank that failed first; on the others :class:`Elsewhere`, when the first one has had its say."""
+    if _is_lost(error):
+        error = Stopped(
+            f"Another process of this run was lost, or did not answer for {_timeout():,.0f} s ({str(error).splitlines()[0][:200]}). "
+            "What was committed is kept: run the same command again with --resume."
+        )
+    code = error.exit_code if isinstance(error, LimbeckError) else 1
+    silent = isinstance(error, Elsewhere)
+    with contextlib.suppress(Exception):  # a store that is gone too: everybody speaks for himself
+        if not silent:
+            first = store.compare_set(_FAILED, "", f"{os.environ['RANK']},{code}").decode()
+            silent = first != f"{os.environ['RANK']},{code}"
+            if silent:
+                code = int(first.split(",")[1])
+        if silent:
+            store.wait([_SAID], timedelta(seconds=10))
+        else:
+            atexit.register(_has_said, store)
+    return Elsewhere(code) if silent else error
+
+
+def _has_said(store: Any) -> None:
+    with contextlib.suppress(Exception):
+        store.set(_SAID, "1")
+
+
+def _is_lost(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection closed by peer", "process group"))
