@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,22 @@ def fork(*arguments: Any, said: Path, **environment: str) -> Started:
     """The same from a server that has imported everything, which saves seconds. said: a file for what it prints."""
     _SERVER.set_forkserver_preload(["torch", "limbeck.spine", "running"])
     return _Forked([str(a) for a in arguments], said, environment)
+
+
+def ranks(size: int, *arguments: Any, said: Path, **environment: str) -> list[Started]:
+    """The same as so many ranks, with the variables that torchrun sets. said: a folder for what each of them prints."""
+    said.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+    return [fork(*arguments, said=said / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(size)]
+
+
+def ended(processes: list[Started]) -> tuple[list[int | None], str]:
+    """The exit code of each rank, and all that they printed."""
+    said = "".join(process.communicate(timeout=600)[1] for process in processes)
+    return [process.returncode for process in processes], said
 
 
 _SERVER = multiprocessing.get_context("forkserver")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from limbeck import checkpoint
 from limbeck.errors import Interrupted, Problem, UsageError
 from limbeck.ranks import ALONE, Ranks
 from limbeck.reading import absolute, differences, recipe_from_yaml
@@ -39,9 +40,9 @@ def refuse_taken(out: Path, resume: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(Problem("--out", f"{out} is a file.", "Name a folder that does not exist yet."))
-    # a run that was killed before its first file had its name has begun nothing
+    # a run that was killed before its recipe had its name has begun nothing
     inside = [p.name for p in out.iterdir() if not is_left_over(p)]
-    if not inside:
+    if not inside or (inside == ["environment.json"] and set(read_json(out / "environment.json")) == {"facts"}):
         return
     if not resume:
         raise UsageError(
@@ -74,6 +75,8 @@ def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, d
             )
     if problems:
         raise UsageError(problems)
+    for folder in [out / "checkpoints", *out.glob("seed-*/checkpoints")]:
+        checkpoint.refuse_newer(folder)
     return recorded, environment
 
 

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from limbeck._folder import finished, next_free, refuse_taken, same_run
+from limbeck._folder import already, next_free, refuse_taken
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, call_factory, load_into, load_saved, sources, state_hash, wrap_module
 from limbeck.progress import Progress
+from limbeck.ranks import joined, restarted
 from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
 from limbeck.run import read_json
@@ -128,9 +129,11 @@ def distill(
         raise RecipeError(problems, "limbeck.distill")
     base = Path.cwd()
     recipe = absolute(recipe, base)
-    folder = Path(out) if out is not None else next_free(Path("runs"), f"python-{_name(student)}")
-    refuse_taken(folder, resume)
-    with Progress(progress) as shown:
+    with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
+        folder = Path(out) if out is not None else Path(ranks.from_main(lambda: str(next_free(Path("runs"), f"python-{_name(student)}"))))
+        resume = resume or restarted()
+        if ranks.main:
+            refuse_taken(folder, resume)
         loaded = (
             load_data(recipe.data, recipe.task, base)
             if train is None
@@ -158,25 +161,29 @@ def distill(
             out=folder,
             resume=resume,
             seeds=seeds,
+            ranks=ranks,
             sources=lambda: (
                 sources(recipe.teacher, data=loaded, base=base, max_length=recipe.data.max_length)
                 if recipe.teacher is not None and isinstance(teacher, str | Path | dict)
                 else None
             ),
         )
-        if finished(folder):
-            same_run(folder, recipe, seeds)
+        done = ranks.from_main(lambda: already(folder, recipe, seeds))
+        if done is not None:
             shown.say(f"{folder} is finished; nothing is left to do.")
-            metrics = dict(read_json(folder / "metrics.json"))
-        else:
-            metrics = execute(job, shown)
+        metrics = dict(done) if done is not None else execute(job, shown)
         best = metrics.get("best_seed", recipe.seed)
         return Result(metrics, folder, _holding(built.get(best) or build_student(best), folder))
 
 
 def _holding(model: Model, folder: Path) -> nn.Module:
-    """The student that stands in ``folder``: ``model`` itself where it was trained just now, else as it is read back."""
+    """The student that stands in ``folder``: ``model`` itself where it was trained just now, else as it is read back.
+
+    A rank on another machine may not see the folder; its model was trained just now.
+    """
     saved = folder / "student"
+    if not saved.is_dir():
+        return model.module.eval()
     if state_hash(model.module) != read_json(saved / "model.json")["weights_sha256"]:
         if model.kind != "module":
             return load(folder)

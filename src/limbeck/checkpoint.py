@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from limbeck.errors import Problem, UsageError
 from limbeck.ranks import Ranks
 from limbeck.run import commit_folder, disk_errors, file_sha256, read_json, sweep
 
@@ -129,6 +130,23 @@ def from_main(ranks: Ranks, make: Callable[[], tuple[int, dict[str, Any]] | None
         if tensor.numel():
             ranks.broadcast(tensor)
     return step, unpack(skeleton, tensors)
+
+
+def refuse_newer(folder: Path) -> None:
+    """Raises: UsageError where a checkpoint in any role's folder under ``folder`` is whole and of a later format: it would be lost otherwise."""
+    for path in sorted(folder.glob("*/step-*/manifest.json")):
+        try:
+            found = read_json(path)["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(found, int) and found > FORMAT:
+            raise UsageError(
+                Problem(
+                    "--resume",
+                    f"{path.parent} has format {found}, and this version of Limbeck reads {FORMAT}.",
+                    "Go on with the version that wrote it (pip install -U limbeck), or name another --out.",
+                )
+            )
 
 
 def _committed(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from limbeck.data import load_data
 from limbeck.engine import Engine
 from limbeck.errors import Problem, UsageError
 from limbeck.progress import Progress
+from limbeck.ranks import joined
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.spine import Job, begin, job_of
@@ -26,7 +28,7 @@ def label(recipe: Recipe, *, base: Path, progress: str = "auto", dry_run: bool =
 
     Returns where they are, how many, and what it took. Raises: UsageError; Interrupted after a signal, with everything finished kept.
     """
-    with Progress(progress) as shown:
+    with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
         recipe = absolute(recipe, base)
         if recipe.teacher_cache.mode == "off" or recipe.teacher_cache.views == "live":
             text = "asks the teacher in every step, so there is nothing to fill."
@@ -34,7 +36,8 @@ def label(recipe: Recipe, *, base: Path, progress: str = "auto", dry_run: bool =
             raise UsageError(Problem(f"teacher_cache.{key}", text, "Leave it out."))
         if recipe.teacher_cache.mode == "require":  # of the runs that will read what is filled here
             recipe = recipe.model_copy(update={"teacher_cache": recipe.teacher_cache.model_copy(update={"mode": "auto"})})
-        return label_job(job_of(recipe, base, Path(), verify_cache=verify_cache), shown, dry_run=dry_run)
+        job = replace(job_of(recipe, base, Path(), verify_cache=verify_cache), ranks=ranks)
+        return label_job(job, shown, dry_run=dry_run)
 
 
 def ids_of(recipe: Recipe, base: Path, file: Path) -> int:
@@ -71,9 +74,10 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
                 begun.device,
                 meter,
                 progress,
-                lambda: stop.between("the next part of the teacher's answers"),
+                lambda: stop.alone("the next part of the teacher's answers"),
                 verify=VERIFIED if job.verify_cache is None else job.verify_cache,
                 chosen=choice,
+                ranks=job.ranks,
             )
         meter.close()
         seconds = meter.seconds or 0.0

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ __all__ = ["ALONE", "Elsewhere", "Ranks", "joined", "restarted"]
 TIMEOUT = 1800.0
 """Seconds that a rank waits for another; ``LIMBECK_RANK_TIMEOUT`` sets another number."""
 
-_FAILED, _SAID = "limbeck/failed", "limbeck/said"
+_FAILED, _SAID, _LEFT = "limbeck/failed", "limbeck/said", "limbeck/left"
 
 
 class Elsewhere(LimbeckError):
@@ -207,14 +208,20 @@ def _one_message(store: Any, error: BaseException) -> BaseException:
                 code = int(first.split(",")[1])
         if silent:
             store.wait([_SAID], timedelta(seconds=10))
+            store.add(_LEFT, 1)
         else:
             atexit.register(_has_said, store)
     return Elsewhere(code) if silent else error
 
 
 def _has_said(store: Any) -> None:
+    """At the end of the process that spoke. Where it is also the one that keeps the store (no torchrun does), the others read it first."""
     with contextlib.suppress(Exception):
         store.set(_SAID, "1")
+        if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            end = time.monotonic() + 5
+            while store.add(_LEFT, 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < end:
+                time.sleep(0.02)
 
 
 def _is_lost(error: BaseException) -> bool:

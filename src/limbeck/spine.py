@@ -39,7 +39,7 @@ from limbeck.analysis import analyse
 from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
 from limbeck.engine import Engine, check_precision, choose_device
-from limbeck.errors import Problem, Stopped, UsageError
+from limbeck.errors import Interrupted, Problem, Stopped, UsageError
 from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Feed, Recorder, Trained, fit
@@ -311,8 +311,9 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     cost = _Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
     with stop.listening():
         if recorded is None and ranks.main:
-            write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
+            # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
             write_json(job.out / "environment.json", {"facts": begun.facts})
+            write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
         if begun.model is not None and begun.to_train:
             begun.model, resumed["teacher"] = _train_teacher(job, begun.model, begun.device, progress, stop, cost)
             begun.columns = None
@@ -329,7 +330,11 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
             stop.alone("the next part of the teacher's answers")
 
         asked = recorded[0] if recorded is not None and known else recipe
-        teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
+        try:
+            teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
+        except Interrupted:
+            cost.keep()  # of the part that was not finished too
+            raise
         cost.cached = teacher if isinstance(teacher, CachedTeacher | TableTeacher) else None
         shared = _Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed)
         if begun.table is not None and begun.table.test is not None:
