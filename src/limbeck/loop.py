@@ -135,10 +135,7 @@ def fit(
         work = ranks.replicated(compute) if ranks.size > 1 else compute
         for request, whole in stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory):
             selection = objective.select(whole)
-            leaving, items, *counted = ranks.sum([recorder.stop(), int(whole.mask.sum()), *selection.counts.values()])
-            if leaving:
-                commit()
-                raise Interrupted(f"Stopped by a signal at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint.")
+            items, *counted = ranks.sum([int(whole.mask.sum()), *selection.counts.values()])
             counts = dict(zip(selection.counts, counted, strict=True))
             progress = request.step / plan.total_steps
             lr = learning_rate(settings, request.step, plan.total_steps)
@@ -210,8 +207,11 @@ def fit(
             if epoch_ends:
                 _close_epoch(epoch, epochs, state, done, settings, recorder)
                 rate.restart()
-            if done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps:
+            leaving = ranks.any(recorder.stop())
+            if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
                 commit()
+            if leaving:
+                raise Interrupted(f"Stopped by a signal at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint.")
     optimizer.zero_grad(set_to_none=True)
     state.finish(done)
     module.eval()
