@@ -125,6 +125,7 @@ class Beginning(Protocol):
     answers: Answers | None
     found: Identity | None
     cached: tuple[bool, str]
+    there: dict[str, Path]
 
 
 class _NoLog:
@@ -615,7 +616,7 @@ def _fill_row(begun: Beginning, teacher: LiveTeacher, kept: bool, threads: int) 
 
 
 def _cache(begun: Beginning, recipe: Recipe, kept: bool, complete: bool) -> dict[str, Any] | None:
-    """The teacher's answers on disk, each row once; None without a teacher. Where they are not kept: as they would be, from nothing."""
+    """The teacher's answers on disk, each row once; None without a teacher. Where they are not kept: as they would be."""
     if begun.known is None:
         return None
     nothing = dict.fromkeys(
@@ -627,6 +628,7 @@ def _cache(begun: Beginning, recipe: Recipe, kept: bool, complete: bool) -> dict
     if begun.parts.views is None:
         return cache
     answers = begun.answers or Answers(recipe, begun.parts)
+    answers.folders = answers.folders or begun.there
     if complete:
         columns = {purpose: read_manifest(folder).columns for purpose, folder in answers.folders.items()}
     else:

@@ -66,6 +66,7 @@ __all__ = [
     "keep_answers",
     "known_of",
     "recalled",
+    "unfinished",
     "wants_cache",
 ]
 
@@ -102,8 +103,9 @@ def known_of(model: Model) -> Known:
     )
 
 
-def wants_cache(recipe: Recipe, parts: Parts, seeds: int) -> tuple[bool, str]:
-    """Whether the teacher's answers are kept, and why, for the record."""
+def wants_cache(recipe: Recipe, parts: Parts, seeds: int) -> tuple[bool | None, str]:
+    """Whether the teacher's answers are kept, and why, for the record. None: it is not worth asking for them, and they are read where all of them are
+    there."""
     cache = recipe.teacher_cache
     if cache.mode == "off":
         return False, "teacher_cache.mode is off"
@@ -117,7 +119,7 @@ def wants_cache(recipe: Recipe, parts: Parts, seeds: int) -> tuple[bool, str]:
         return False, "train.precision is float64, and answers are kept in at most 32 bits"
     passes = recipe.train.epochs * seeds
     if parts.views is not None and passes <= parts.views:
-        return False, f"{passes} epoch{'s' * (passes != 1)} of {parts.views} views would use each answer once"
+        return None, f"{passes} epoch{'s' * (passes != 1)} of {parts.views} view{'s' * (parts.views != 1)} would use each answer once"
     return True, f"{passes} epochs use each of {parts.views} view{'s' * (parts.views != 1)} more than once"
 
 
@@ -163,6 +165,11 @@ class Answers:
             "test": [Request(0, data.test.ids)],
         }
         self.folders: dict[str, Path] = {}
+
+    def begun(self) -> bool:
+        """Whether any teacher's answers of this kind are there at all: a look at manifests alone."""
+        there = [manifest for _, manifest in cache_directories(self.root) if isinstance(manifest, Manifest)]
+        return all(any(place.fits(manifest) for manifest in there) for place in self.places.values())
 
     def lacking(self, purpose: str) -> int:
         """Rows that are not there yet."""
@@ -369,6 +376,12 @@ def identify(answers: Answers, model: Model, sources: Sources | None) -> Identit
     return found
 
 
+def unfinished(answers: Answers) -> str:
+    """What is not there of all that this run wants, in words; empty where nothing is missing."""
+    lacking, rows = (sum(map(count, answers.requests)) for count in (answers.lacking, answers.rows))
+    return f"{lacking:,} of {rows:,} are not in {answers.folders['teach']}" if lacking else ""
+
+
 def announce(answers: Answers, found: Identity, *, may_fall_back: bool) -> tuple[list[str], bool]:
     """Sentences on what is there and what will be asked and stored; and whether it can be kept at all.
 
@@ -475,7 +488,9 @@ def keep_answers(
         builder = parts.builder(split, training=purpose == "teach", student=model.preprocessing)
         threads = 1 if split.source.in_memory else _cpus()
         if verify and manifest.parts:
-            _verify(answers, purpose, folder, stored, live, builder, verify)
+            compared = _verify(answers, purpose, folder, stored, live, builder, verify)
+            if compared:
+                progress.say(f"{compared:,} {purpose} answers in {folder} were compared with the teacher: they are its own.")
         lacking = answers.lacking(purpose)
         if lacking:
             with _shown(progress, purpose, lacking) as tick:
@@ -528,13 +543,13 @@ def _padded(values: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[
     return out
 
 
-def _verify(answers: Answers, purpose: str, folder: Path, stored: Stored, live: LiveTeacher, builder: BatchBuilder, count: int) -> None:
-    """Compare some rows that are there with the teacher itself."""
+def _verify(answers: Answers, purpose: str, folder: Path, stored: Stored, live: LiveTeacher, builder: BatchBuilder, count: int) -> int:
+    """Compare some rows that are there with the teacher itself; returns how many."""
     reader = Reader(folder)
     for request in answers.requests[purpose]:
         there = np.flatnonzero(reader.has(request.keys, request.view))
         there = np.unique(there[np.linspace(0, max(0, len(there) - 1), min(count, len(there))).astype(np.int64)])  # from all over
-        if not len(there) or stored.sparse is not None:
+        if not len(there):
             continue
         keys = request.keys[there]
         parts, rows = reader.locate(keys, request.view)
@@ -552,8 +567,10 @@ def _verify(answers: Answers, purpose: str, folder: Path, stored: Stored, live: 
             real[:, : mask.shape[1], 0] = mask.float()
             features = {p: f * real if f.ndim == 3 else f for p, f in features.items()}
             told = replace(told, features={p: f * real if f.ndim == 3 else f for p, f in told.features.items()})
-        compare(told, replace(asked, features=features), half=half, folder=folder, ids=keys)
-        return
+        own = replace(asked, features=features)
+        compare(told, own, half=half, folder=folder, ids=keys, sparse=stored.sparse, view=request.view)
+        return len(keys)
+    return 0
 
 
 @contextmanager

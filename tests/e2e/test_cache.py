@@ -928,3 +928,100 @@ def test_a_run_that_began_without_goes_on_without(tmp_path: Path, monkeypatch: p
     assert list(Path(os.environ["LIMBECK_CACHE"]).rglob("*.arrow")) == []
     assert read(here / "cut/environment.json")["choices"]["teacher_cache"]["kept"] is False
     assert weights(here / "cut/student") == weights(here / "whole/student")
+
+
+# --- answers that are used once each ------------------------------------------------------------------------------------------------------
+
+ONCE: dict[str, Any] = {"data": {"augment": {"crop": 1, "flip": True}}, "teacher_cache": {"views": 4}, "baseline": False}
+
+
+def once_base(folder: Path, model: str, **changes: Any) -> Path:
+    """A recipe of two epochs and four views, without a path, whose teacher is a run or is a person's own file."""
+    make_folder(folder)
+    if model == "run:teacher":
+        run("train", recipe(folder, "teacher.yaml", teacher=None, student={"model": "python:nets.py:teacher"}), out=folder / "teacher")
+    return recipe(folder, **{**ONCE, "teacher": {"model": model}, **changes})
+
+
+@pytest.mark.parametrize("model", ["run:teacher", "python:nets.py:teacher"])
+def test_what_is_there_is_read_although_each_answer_is_used_once(model: str, tmp_path: Path) -> None:
+    """`limbeck label` and then a short run, both in the default folder: the teacher is not asked again; without the label it is, in every step."""
+    file = once_base(tmp_path, model)
+    live = run("distill", file, out=tmp_path / "live")
+    assert live["cost"]["cache_hits"] == 0
+    assert read(tmp_path / "live/environment.json")["choices"]["teacher_cache"] == {
+        "kept": False,
+        "reason": "2 epochs of 4 views would use each answer once",
+    }
+    assert limbeck("label", file) == 0
+    found = run("distill", file, out=tmp_path / "read")
+    assert found["cost"]["cache_hits"] == 2 * 48
+    # one that can only be known when it is loaded is compared with what is there, and measured
+    assert (found["cost"]["teacher_items"] == 0) == (model == "run:teacher")
+    assert read(tmp_path / "read/environment.json")["choices"]["teacher_cache"] == {"kept": True, "reason": "every answer is there"}
+    named = recipe(tmp_path, "named.yaml", **{**ONCE, "teacher": {"model": model}, "teacher_cache": {"views": 4, "path": "named"}})
+    run("distill", named, out=tmp_path / "named-run")
+    assert weights(tmp_path / "read/student") == weights(tmp_path / "named-run/student")
+
+
+@pytest.mark.parametrize("model", ["run:teacher", "python:nets.py:teacher"])
+def test_what_is_there_in_part_is_said_and_not_read(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher is asked in every step, as without any cache, and the plan says the same."""
+    file = once_base(tmp_path, model)
+    run("distill", file, out=tmp_path / "live")
+    assert limbeck("label", file, "--set", "train.epochs=1") == 0
+    found = run("distill", file, out=tmp_path / "part")
+    assert found["cost"]["cache_hits"] == 0
+    choice = read(tmp_path / "part/environment.json")["choices"]["teacher_cache"]
+    assert choice["kept"] is False
+    assert "48 of 114 are not in" in choice["reason"]
+    assert any("asked in every step: 2 epochs of 4 views would use each answer once, and 48 of 114" in note for note in found["notes"])
+    assert weights(tmp_path / "part/student") == weights(tmp_path / "live/student")
+    capsys.readouterr()
+    assert limbeck("distill", file, "--out", tmp_path / "plan", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["choices"]["teacher_cache"] == choice
+    assert plan["cache"]["rows_there"] == {"teach": 48, "test": 18}
+    assert limbeck("label", file) == 0
+    capsys.readouterr()
+    assert limbeck("distill", file, "--out", tmp_path / "plan", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["choices"]["teacher_cache"] == {"kept": True, "reason": "every answer is there"}
+    assert plan["cache"]["rows_to_ask"] == {"teach": 0, "test": 0}
+
+
+def test_what_stands_against_reading_is_said(tmp_path: Path) -> None:
+    """A run that need not read goes on: damage, or a precision that was asked for, is named."""
+    file = once_base(tmp_path, "run:teacher")
+    assert limbeck("label", file) == 0
+    asked = recipe(tmp_path, "half.yaml", **{**ONCE, "teacher": {"model": "run:teacher", "precision": "bf16"}})
+    found = run("distill", asked, out=tmp_path / "half")
+    assert found["cost"]["cache_hits"] == 0
+    assert any("teacher.precision: got bf16" in note for note in found["notes"])
+    flip_bit(next(Path(os.environ["LIMBECK_CACHE"]).glob("*/v*.arrow")), 600)
+    found = run("distill", file, out=tmp_path / "damaged")
+    assert found["cost"]["cache_hits"] == 0
+    assert any("do not match their checksum" in note and "limbeck cache verify" in note for note in found["notes"])
+
+
+def test_a_resumed_run_goes_on_with_or_without_answers_as_it_began(tmp_path: Path) -> None:
+    """Whatever has come or gone in the default folder meanwhile."""
+    file = once_base(tmp_path, "run:teacher", train={"checkpoint_every": 2})
+    for name in ("live", "live-cut"):
+        run("distill", file, out=tmp_path / name)
+    assert limbeck("label", file) == 0
+    for name in ("read", "read-cut"):
+        assert run("distill", file, out=tmp_path / name)["cost"]["cache_hits"] > 0
+    assert weights(tmp_path / "live/student") != weights(tmp_path / "read/student"), "the codec has to be seen"
+    for name in ("live-cut", "read-cut"):  # as if they had been killed before they were finished
+        for path in (*(tmp_path / name).glob("*.html"), *(tmp_path / name).glob("metrics.json")):
+            path.unlink()
+        shutil.rmtree(tmp_path / name / "student")
+    assert run("distill", file, "--resume", out=tmp_path / "live-cut")["cost"]["cache_hits"] == 0
+    for folder in Path(os.environ["LIMBECK_CACHE"]).iterdir():
+        shutil.rmtree(folder)
+    found = run("distill", file, "--resume", out=tmp_path / "read-cut")
+    assert found["cost"]["teacher_items"] > 0
+    assert found["cost"]["cache_hits"] == 2 * 48
+    for name in ("live", "read"):
+        assert weights(tmp_path / f"{name}-cut/student") == weights(tmp_path / name / "student")
