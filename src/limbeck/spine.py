@@ -254,8 +254,8 @@ _WHOLE = (True, "every answer is there")
 
 
 def _kept_before(job: Job) -> bool | None:
-    """Whether a run to be resumed kept its teacher's answers, or asked it in every step, e.g. because the disk was too full then; None where it had not
-    come so far."""
+    """Whether a run to be resumed kept its teacher's answers, or asked it in every step, e.g. because the disk was too full then; None where it had
+    not come so far."""
     file = job.out / "environment.json"
     if not job.resume or not file.is_file():
         return None
@@ -288,7 +288,11 @@ def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> Ta
         text = "makes other versions of the samples than those that the teacher's logits are of."
         raise UsageError(Problem("data.augment", text, "Set data.augment: none, or name a teacher that can be asked."))
     table = TableTeacher(Path(recipe.teacher.model.removeprefix("logits:")), data, device)
-    table.columns = class_map(table, data)
+    try:
+        table.columns = class_map(table, data)
+    except UsageError as e:
+        hint = "A .parquet file may name its classes, in the order of its logits."
+        raise UsageError([Problem("teacher.model", f"{table.path}: {p.message}", hint) for p in e.problems]) from None
     return table
 
 

@@ -138,7 +138,21 @@ HINT = [
     {"loss": "cross_entropy", "weight": 0.3},
     {"loss": "hint", "weight": 0.1, "student": "body", "teacher": "norm"},
 ]
-BASES: dict[str, Callable[[Path], None]] = {"run": image_base, "own": own_base, "hint": hint_base, "mixup": mixup_base, "text": text_base}
+SPARSE = {"path": "cache", "views": VIEWS, "codec": "sparse", "top": 1, "samples": 1}
+
+
+def sparse_base(folder: Path) -> None:
+    image_base(folder, objective=HINT[:2], teacher_cache=SPARSE)
+
+
+BASES: dict[str, Callable[[Path], None]] = {
+    "run": image_base,
+    "own": own_base,
+    "hint": hint_base,
+    "mixup": mixup_base,
+    "text": text_base,
+    "sparse": sparse_base,
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +165,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             there[name] = tmp_path_factory.mktemp(name)
             BASES[name](there[name])
             found = caching.label(there[name] / "recipe.yaml")
-            views = VIEWS if name in ("run", "hint", "mixup") else 1
+            views = 1 if name in ("own", "text") else VIEWS
             assert found.asked == {"teach": TRAIN * views, "test": TEST}
         return there[name]
 
@@ -706,6 +720,98 @@ def test_a_complete_cache_takes_the_memory_of_the_student_alone(tmp_path: Path) 
     assert reading < 1.05 * student
 
 
+TOWER = """
+from torch import nn
+from blocks import Block
+
+
+class Tower(nn.Module):
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), Block(64, num_classes))
+
+    def forward(self, x):
+        return self.body(x)
+"""
+BLOCKS = """
+from torch import nn
+
+
+class Block(nn.Linear):
+    def forward(self, x):
+        return 1.0 * super().forward(x)
+"""
+
+
+def forget(*names: str) -> None:
+    """As in a new process, a person's modules are read again."""
+    for name in [n for n in sys.modules if n in names or any(n.startswith(f"limbeck_user_{x}_") for x in names)]:
+        del sys.modules[name]
+
+
+def test_a_teacher_whose_file_imports_its_neighbour_is_loaded(tmp_path: Path) -> None:
+    """The run has a copy of the file, and none of its neighbour, which may change: what it is now is seen only when it is built."""
+    folder = make_folder(tmp_path, TRAIN)
+    (folder / "tower.py").write_text(TOWER, encoding="utf-8")
+    (folder / "blocks.py").write_text(BLOCKS, encoding="utf-8")
+    forget("tower", "blocks")
+    run("train", recipe(folder, "teacher.yaml", teacher=None, student={"model": "python:tower.py:Tower"}), out=folder / "teacher")
+    base(folder, teacher={"model": "run:teacher"})
+    first = caching.label(folder / "recipe.yaml")
+    again = caching.label(folder / "recipe.yaml")
+    assert (again.loaded, again.asked) == (True, {"teach": 0, "test": 0})
+    edit(folder / "blocks.py", "1.0 *", "7.0 *")
+    forget("tower", "blocks")
+    changed = caching.label(folder / "recipe.yaml")
+    assert changed.folders["teach"] != first.folders["teach"]
+    assert changed.asked == first.asked
+    assert caching.same_rows(changed, folder / "recipe.yaml") == TRAIN * VIEWS
+    forget("tower", "blocks")
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["by name", "its run"])
+def test_a_teacher_of_a_module_is_always_loaded(saved: bool, tmp_path: Path) -> None:
+    """Its source lies wherever Python finds it; there is no file beside its weights that could be believed."""
+    folder = make_folder(tmp_path, TRAIN)
+    shutil.copy(folder / "nets.py", folder / "teacher_of_a_module.py")
+    named = "python:teacher_of_a_module:plain"
+    if saved:
+        run("train", recipe(folder, "teacher.yaml", teacher=None, student={"model": named}), out=folder / "teacher")
+    base(folder, teacher={"model": "run:teacher" if saved else named})
+    assert caching.label(folder / "recipe.yaml").loaded
+    found = caching.label(folder / "recipe.yaml")
+    assert (found.loaded, found.asked) == (True, {"teach": 0, "test": 0})
+    edit(folder / "teacher_of_a_module.py", "return nn.Sequential(nn.Flatten()", "return nn.Sequential(nn.Flatten(), nn.Identity()")
+    edit(folder / "teacher_of_a_module.py", "nn.Linear(size, 7), nn.Tanh(), nn.Linear(7", "nn.Linear(size, 7), nn.ReLU(), nn.Linear(7")
+    forget("teacher_of_a_module")
+    if saved:  # its weights have other names now
+        assert limbeck("label", folder / "recipe.yaml") == 2
+    else:
+        assert caching.label(folder / "recipe.yaml").asked == {"teach": TRAIN * VIEWS, "test": TEST}
+    forget("teacher_of_a_module")
+
+
+def test_names_of_classes_are_those_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled by an object, whose classes stand in one order; then a folder of the same weights, and its own order, adopts what is there; and what it
+    is known by from now on must not bring back the object's order."""
+    folder = tmp_path / "text"
+    text_base(folder)
+    with monkeypatch.context() as unnamed:
+        import limbeck.spine as spine
+
+        unnamed.setattr(spine, "sources", lambda *a, **k: None)
+        first = caching.label(folder / "recipe.yaml")
+    assert first.columns is None
+    other_label_order(folder)
+    adopting = caching.label(folder / "recipe.yaml")
+    recalled = caching.label(folder / "recipe.yaml")
+    assert adopting.folders == recalled.folders == first.folders
+    assert (adopting.loaded, recalled.loaded) == (True, False)
+    assert adopting.columns.tolist() == [1, 2, 0]
+    assert recalled.columns.tolist() == [1, 2, 0]
+    assert caching.same_rows(recalled, folder / "recipe.yaml") == TRAIN
+
+
 # --- mistakes and the command line --------------------------------------------------------------------------------------------------------
 
 
@@ -837,16 +943,19 @@ def rewrite_wrongly(folder: Path) -> None:
     write_manifest(folder, manifest)
 
 
-@pytest.mark.parametrize("kind", ["run", "own"])
+@pytest.mark.parametrize("kind", ["run", "own", "sparse"])
 def test_answers_that_are_not_the_teachers_are_refused(
     kind: str, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whole by their checksums, and wrong: seen when they are compared with the teacher, which happens wherever it is loaded."""
     folder = tmp_path / "copy"
     shutil.copytree(bases(kind), folder)
+    asked = ("--verify-cache", "8") if kind != "own" else ()
+    assert limbeck("label", folder / "recipe.yaml", *asked) == 0
+    said = capsys.readouterr().err
+    assert f"teach answers in {teach_folder(folder)} were compared with the teacher" in said
     rewrite_wrongly(teach_folder(folder))
     assert limbeck("cache", "verify", folder / "cache") == 0
-    asked = ("--verify-cache", "8") if kind == "run" else ()
     for command in (["distill", folder / "recipe.yaml", "--out", folder / "out"], ["label", folder / "recipe.yaml"]):
         assert limbeck(*command, *asked) == 2
         said = capsys.readouterr().err

@@ -249,6 +249,7 @@ WRONG: dict[str, tuple[str, Any]] = {
     "the rest's weight": ("shares of the rest", lambda i, w, h: (i, w * np.where(np.arange(10) >= 4, 0.8, 1), h)),
     "other draws": ("places of the drawn", lambda i, w, h: (other_draws(i, 4, 50), w, h)),
     "the draws of other samples": ("places of the drawn", lambda i, w, h: (np.concatenate([i[:, :4], i[:, 9:3:-1]], 1), w, h)),
+    "no class of it": ("numbers of classes", lambda i, w, h: (i + (np.arange(10) == 9) * 50, w, h)),
     "the entropy": ("entropies", lambda i, w, h: (i, w, h + 0.1)),
     "no number": ("entropies", lambda i, w, h: (i, w, h * np.nan)),
 }

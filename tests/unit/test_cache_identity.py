@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from limbeck.models import architecture_sha256
+from limbeck.models._identity import _stands_alone
 from running import ROOT
 
 SOURCE = """
@@ -273,3 +274,34 @@ def test_functions_without_source_are_told_apart() -> None:
         exec(f"class Typed(nn.Module):\n    def forward(self, x):\n        return x * {factor}\n", space)
         found.add(architecture_sha256(space["Typed"]()))
     assert len(found) == 2
+
+
+IMPORTS: dict[str, tuple[str, bool]] = {
+    "libraries": ("import math, torch\nfrom torch import nn\nimport torch.nn.functional as F\nfrom numpy import pi", True),
+    "a neighbour": ("from blocks import Block", False),
+    "a neighbour inside a function": ("def f():\n    import blocks", False),
+    "a neighbouring package": ("import package.inner", False),
+    "a neighbour with a library's name": ("import numpy", False),
+    "a relative import": ("from . import blocks", False),
+    "what is not there": ("import nothing_of_that_name", False),
+    "a name made at run time": ("import importlib\nblocks = importlib.import_module('bl' + 'ocks')", False),
+    "a builtin": ("blocks = __import__('blocks')", False),
+    "code made at run time": ("exec(open('blocks.py').read())", False),
+    "another path": ("import sys\nsys.path.append('..')\nimport torch", False),
+    "torch's own words": ("import torch\nmodel = torch.compile(torch.nn.Linear(1, 1)).eval()", True),
+    "no Python": ("import (", False),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_what_a_saved_file_may_import_to_be_known_by_itself(tmp_path: Path, name: str) -> None:
+    """Its neighbours lie in the folder that it came from, beside which there is only the copy of the file."""
+    text, alone = IMPORTS[name]
+    home, saved = tmp_path / "home", tmp_path / "saved"
+    for folder in (home / "package", saved):
+        folder.mkdir(parents=True)
+    for file in ["blocks.py", "package/inner.py", *(["numpy.py"] if "library's" in name else [])]:
+        (home / file).write_text("")
+    (saved / "own.py").write_text(text)
+    assert _stands_alone({"file": "own.py", "imports_from": str(home)}, saved) == alone
+    assert not _stands_alone({"file": None, "module": "own", "imports_from": None}, saved)

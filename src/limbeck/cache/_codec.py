@@ -167,7 +167,10 @@ def sparse_differences(
     left out is more probable than one that was kept, and the log odds of the rest's cumulative share, of which the drawn class's part must hold
     the place that was drawn.
     """
-    rows, moved = len(logits), 2 * shift / spec.temperature
+    (rows, classes), moved = logits.shape, 2 * shift / spec.temperature
+    inside = index < classes
+    if not inside.all():
+        return {"numbers of classes": (np.where(inside, 0, index - classes + 1).max(1).astype(np.float64), np.full(rows, 0.5))}
     scaled = logits / spec.temperature
     log_p = scaled - scaled.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
@@ -175,10 +178,10 @@ def sparse_differences(
     log_bound = np.full(rows, moved + _ROUNDING)
     h = -(np.exp(log_p) * np.maximum(log_p, -1e4)).sum(1)
     found = {"entropies": (np.abs(entropy - h), np.expm1(moved) * h + np.exp(moved) * moved + _ROUNDING * (1 + h))}
-    top = index.shape[1] if spec.entries >= logits.shape[1] else spec.top
+    top = classes if spec.entries >= classes else spec.top
     if top:
         found["shares of the most probable classes"] = (np.abs(stored - share)[:, :top].max(1), log_bound)
-    if top == index.shape[1] and top == logits.shape[1]:
+    if top == classes:
         return found
     tail = log_p.copy()
     np.put_along_axis(tail, index[:, :top], -np.inf, 1)
@@ -199,9 +202,11 @@ def sparse_differences(
 
 
 def _log(mass: Floats) -> Floats:
-    return np.log(np.maximum(mass.astype(np.float64), np.exp(_NOTHING)))
+    found: Floats = np.log(np.maximum(mass.astype(np.float64), np.exp(_NOTHING)))
+    return found
 
 
 def _log_odds(share: Floats) -> Floats:
-    inside = np.clip(share, 1e-6, 1 - 1e-6)  # nearer to an end the sum's own rounding counts
-    return np.log(inside) - np.log1p(-inside)
+    inside: Floats = np.clip(share, 1e-6, 1 - 1e-6)  # nearer to an end the sum's own rounding counts
+    odds: Floats = np.log(inside) - np.log1p(-inside)
+    return odds

@@ -71,8 +71,8 @@ def compare(told: Signal, live: Signal, *, half: bool, folder: Path, ids: Keys, 
         logits = live.logits.double().cpu().numpy()
         entries = (told.sparse.index.cpu().numpy(), told.sparse.weight.double().cpu().numpy(), told.sparse.entropy.double().cpu().numpy())
         shift = bound * max(1.0, float(np.abs(logits).max()))
-        for what, (difference, allowed) in sparse_differences(*entries, logits, sparse, ids, view, shift).items():
-            _refuse_other(what, difference, allowed, folder, ids)
+        for what, (moved, of_each) in sparse_differences(*entries, logits, sparse, ids, view, shift).items():
+            _refuse_other(what, moved, of_each, folder, ids)
 
 
 def _refuse_other(what: str, difference: Floats, allowed: Floats | float, folder: Path, ids: Keys) -> None:

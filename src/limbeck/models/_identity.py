@@ -86,8 +86,8 @@ def _no_setting(value: Any) -> Any:
 
 
 def _plain(value: Any, source: _Source, depth: int = 4, other: Callable[[Any], Any] = _no_setting) -> Any:
-    """JSON of a setting, the same in every process: functions and classes by name, their source goes into ``source``. other: what is said of everything
-    else. Raises TypeError where it is no setting."""
+    """JSON of a setting, the same in every process: functions and classes by name, their source goes into ``source``. other: what is said of
+    everything else. Raises TypeError where it is no setting."""
 
     def inner(value: Any) -> Any:
         return _plain(value, source, depth - 1, other)
@@ -227,7 +227,9 @@ def _text(thing: Any) -> str:
 
 
 def _compiled(code: CodeType) -> str:
-    constants = [_compiled(c) if isinstance(c, CodeType) else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in code.co_consts]
+    constants = [
+        _compiled(c) if isinstance(c, CodeType) else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in code.co_consts
+    ]
     return f"{code.co_code.hex()} {constants} {code.co_names} {code.co_varnames}"
 
 
@@ -260,8 +262,8 @@ def normalised_by_data(preprocessing: Preprocessing, data: Data) -> bool:
 
 
 def _stands_alone(build: dict[str, Any], folder: Path) -> bool:
-    """Whether the file beside a saved model is all of its source that is not installed: it imports libraries alone, and nothing by a name that is made
-    at run time."""
+    """Whether the file beside a saved model is all of its source that is not installed: it imports libraries alone, and nothing by a name that is
+    made at run time."""
     if not build.get("file"):
         return False
     nearby = [folder, *([Path(build["imports_from"])] if build.get("imports_from") else [])]
