@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from limbeck._asking import block_rows, engine_of_teacher
 from limbeck._choices import student_choice
 from limbeck._parts import Parts
-from limbeck._teaching import Answers, Identity, Known, block_rows, directories_of, engine_of_teacher
+from limbeck._teaching import Answers, Identity, Known, directories_of
 from limbeck.cache import TableTeacher, missing, read_manifest, row_bytes
 from limbeck.data import BatchBuilder, Data, Plan, choose_workers
 from limbeck.data import Request as BatchRequest

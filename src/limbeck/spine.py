@@ -16,21 +16,19 @@ import numpy as np
 import torch
 
 from limbeck import checkpoint
+from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._choices import explicit, resolved, snapshot, student_choice
 from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
 from limbeck._parts import Parts
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
 from limbeck._teaching import (
-    VERIFIED,
     Answers,
     Identity,
     Known,
     Sources,
     announce,
-    engine_of_teacher,
     identify,
-    keep_answers,
     known_of,
     recalled,
     unfinished,
