@@ -185,11 +185,11 @@ def label_in_child(arguments: list[str], said: str, environment: dict[str, str],
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    import limbeck._teaching
+    import limbeck._asking
     import limbeck.cache._fill
     from limbeck.cli import main
 
     limbeck.cache._fill._PART_BLOCKS = part_blocks
-    limbeck._teaching.block_rows = lambda preprocessing, device: block
+    limbeck._asking.block_rows = lambda preprocessing, device: block
     torch.set_num_threads(1)
     main(arguments)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from limbeck._asking import block_rows, engine_of_teacher
 from limbeck._choices import student_choice
 from limbeck._parts import Parts
-from limbeck._teaching import Answers, Identity, Known, block_rows, directories_of, engine_of_teacher
+from limbeck._teaching import Answers, Identity, Known, directories_of
 from limbeck.cache import TableTeacher, missing, read_manifest, row_bytes
 from limbeck.data import BatchBuilder, Data, Plan, choose_workers
 from limbeck.data import Request as BatchRequest
@@ -125,6 +126,7 @@ class Beginning(Protocol):
     answers: Answers | None
     found: Identity | None
     cached: tuple[bool, str]
+    there: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -605,7 +607,7 @@ def _fill_row(begun: Beginning, teacher: LiveTeacher, kept: bool, threads: int) 
 
 
 def _cache(begun: Beginning, recipe: Recipe, kept: bool, complete: bool) -> dict[str, Any] | None:
-    """The teacher's answers on disk, each row once; None without a teacher. Where they are not kept: as they would be, from nothing."""
+    """The teacher's answers on disk, each row once; None without a teacher. Where they are not kept: as they would be."""
     if begun.known is None:
         return None
     nothing = dict.fromkeys(
@@ -617,6 +619,7 @@ def _cache(begun: Beginning, recipe: Recipe, kept: bool, complete: bool) -> dict
     if begun.parts.views is None:
         return cache
     answers = begun.answers or Answers(recipe, begun.parts)
+    answers.folders = answers.folders or begun.there
     if complete:
         columns = {purpose: read_manifest(folder).columns for purpose, folder in answers.folders.items()}
     else:

@@ -1,13 +1,10 @@
-"""Who teaches a run: a model in the loop, or what it has said already. A teacher whose answers are all there is never loaded."""
+"""Who teaches a run: a model in the loop, or what it has said already; whose answers are there, and what of them is missing."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck._choices import teacher_choice
 from limbeck._parts import Parts
 from limbeck.cache import (
     FIGURES,
@@ -26,10 +22,7 @@ from limbeck.cache import (
     Request,
     Sparse,
     Stored,
-    compare,
-    create,
     default_root,
-    fill,
     missing,
     nearest_other,
     read_figures,
@@ -41,39 +34,29 @@ from limbeck.cache import (
 )
 from limbeck.cache import directories as cache_directories
 from limbeck.cache._manifest import Column, key_of
-from limbeck.data import BatchBuilder, Data
-from limbeck.data import Request as BatchRequest
-from limbeck.engine import Engine
+from limbeck.data import Data
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, architecture_sha256, class_map, normalised_by_data, preprocessing_identity, state_hash
 from limbeck.objective import needs_of
-from limbeck.progress import Progress
-from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
 from limbeck.run import existing_parent, write_atomic
-from limbeck.teacher import LiveTeacher, Meter
-from limbeck.types import Batch, ImagePreprocessing, Needs, Preprocessing, TensorPreprocessing, TextPreprocessing
+from limbeck.types import ImagePreprocessing, Needs, Preprocessing, TensorPreprocessing, TextPreprocessing
 
 __all__ = [
-    "VERIFIED",
     "Answers",
     "Identity",
     "Known",
     "Sources",
     "announce",
-    "block_rows",
-    "engine_of_teacher",
     "identify",
-    "keep_answers",
     "known_of",
     "recalled",
+    "unfinished",
     "wants_cache",
 ]
 
 Sources = tuple[dict[str, Any], tuple[str, ...] | None, list[str]]
 """What :func:`limbeck.models.sources` gives: facts, classes, notes."""
-
-VERIFIED = 32
 
 
 @dataclass
@@ -103,8 +86,9 @@ def known_of(model: Model) -> Known:
     )
 
 
-def wants_cache(recipe: Recipe, parts: Parts, seeds: int) -> tuple[bool, str]:
-    """Whether the teacher's answers are kept, and why, for the record."""
+def wants_cache(recipe: Recipe, parts: Parts, seeds: int) -> tuple[bool | None, str]:
+    """Whether the teacher's answers are kept, and why, for the record. None: it is not worth asking for them, and they are read where all of them are
+    there."""
     cache = recipe.teacher_cache
     if cache.mode == "off":
         return False, "teacher_cache.mode is off"
@@ -118,7 +102,7 @@ def wants_cache(recipe: Recipe, parts: Parts, seeds: int) -> tuple[bool, str]:
         return False, "train.precision is float64, and answers are kept in at most 32 bits"
     passes = recipe.train.epochs * seeds
     if parts.views is not None and passes <= parts.views:
-        return False, f"{passes} epoch{'s' * (passes != 1)} of {parts.views} views would use each answer once"
+        return None, f"{passes} epoch{'s' * (passes != 1)} of {parts.views} view{'s' * (parts.views != 1)} would use each answer once"
     return True, f"{passes} epochs use each of {parts.views} view{'s' * (parts.views != 1)} more than once"
 
 
@@ -164,6 +148,11 @@ class Answers:
             "test": [Request(0, data.test.ids)],
         }
         self.folders: dict[str, Path] = {}
+
+    def begun(self) -> bool:
+        """Whether any teacher's answers of this kind are there at all: a look at manifests alone."""
+        there = [manifest for _, manifest in cache_directories(self.root) if isinstance(manifest, Manifest)]
+        return all(any(place.fits(manifest) for manifest in there) for place in self.places.values())
 
     def lacking(self, purpose: str) -> int:
         """Rows that are not there yet."""
@@ -370,6 +359,12 @@ def identify(answers: Answers, model: Model, sources: Sources | None) -> Identit
     return found
 
 
+def unfinished(answers: Answers) -> str:
+    """What is not there of all that this run wants, in words; empty where nothing is missing."""
+    lacking, rows = (sum(map(count, answers.requests)) for count in (answers.lacking, answers.rows))
+    return f"{lacking:,} of {rows:,} are not in {answers.folders['teach']}" if lacking else ""
+
+
 def announce(answers: Answers, found: Identity, *, may_fall_back: bool) -> tuple[list[str], bool]:
     """Sentences on what is there and what will be asked and stored; and whether it can be kept at all.
 
@@ -421,165 +416,3 @@ def _size(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
-
-
-def block_rows(preprocessing: Preprocessing, device: torch.device) -> int:
-    """How many samples a teacher sees at once: as many as keep it busy, and not so many that their activations fill the memory."""
-    cuda = device.type == "cuda"
-    if isinstance(preprocessing, TextPreprocessing):
-        return 256 if cuda else 64
-    if isinstance(preprocessing, ImagePreprocessing):
-        each = 4 * preprocessing.channels * (preprocessing.height or 224) * (preprocessing.width or 224)
-    else:
-        each = 4 * int(np.prod(preprocessing.shape))
-    fit = (256 << 20 if cuda else 32 << 20) // max(1, each)
-    return int(max(16, min(1024 if cuda else 256, 1 << max(0, fit.bit_length() - 1))))
-
-
-def keep_answers(
-    answers: Answers,
-    found: Identity,
-    model: Model,
-    device: torch.device,
-    meter: Meter,
-    progress: Progress,
-    between: Callable[[], None],
-    *,
-    verify: int = VERIFIED,
-    chosen: Callable[[], tuple[Engine, dict[str, Any]]],
-    ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """Ask the teacher for everything that is missing, after comparing some of what is there with it. Returns the record for the run.
-
-    chosen: how the teacher runs, where no cache says it (measured then). Several ranks share the parts that are missing.
-    """
-    recipe, parts, data = answers.recipe, answers.parts, answers.parts.data
-    record: dict[str, Any] = {}
-    exact = Engine(device, "float64" if recipe.train.precision == "float64" else "float32")
-    for purpose, split in (("teach", data.train), ("test", data.test)):
-        folder = answers.folders[purpose]
-        why: dict[str, Any] = {"measured": [], "reason": "as the cache was begun"}
-        with ranks.main_first():
-            if not (folder / "manifest.json").exists():
-                engine, why = chosen() if purpose == "teach" else (exact, {"measured": [], "reason": "full precision for figures"})
-                made = {
-                    "precision": engine.precision,
-                    "layout": engine.layout,
-                    "block": block_rows(model.preprocessing, device),
-                    "threads": torch.get_num_threads(),
-                }
-                create(answers.root, found.identities[purpose], made, found.about, found.columns[purpose])
-            _, manifest = create(answers.root, found.identities[purpose], {}, found.about, found.columns[purpose])
-        engine = Engine(device, manifest.made["precision"], manifest.made["layout"])
-        if purpose == "teach":
-            record = {"precision": engine.precision, "layout": engine.layout, **why}
-        stored = answers.stored(manifest, purpose)
-        live = LiveTeacher(model, engine, None, meter)
-        builder = parts.builder(split, training=purpose == "teach", student=model.preprocessing)
-        threads = 1 if split.source.in_memory else _cpus()
-        if verify and manifest.parts and ranks.main:
-            _verify(answers, purpose, folder, stored, live, builder, verify)
-        lacking = answers.lacking(purpose)
-        if lacking:
-            with _shown(progress, purpose, lacking) as tick:
-                fill(folder, answers.requests[purpose], _asker(live, stored, builder, threads), tick=tick, between=between)
-        live.check_untouched()
-        ranks.barrier()
-    return record
-
-
-def _cpus() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _asker(live: LiveTeacher, stored: Stored, builder: BatchBuilder, threads: int) -> Callable[[list[Any], int], Iterator[dict[str, Any]]]:
-    needs = Needs(logits=stored.classes is not None, features=tuple(stored.features))
-
-    def ask(blocks: list[Any], view: int) -> Iterator[dict[str, Any]]:
-        with ThreadPoolExecutor(threads) as pool:  # decoding and NumPy leave the interpreter to others
-            coming = [pool.submit(builder, BatchRequest(0, 0, view, rows)) for rows in blocks[: 2 * threads]]
-            for number in range(len(blocks)):
-                batch = coming[number].result()
-                coming[number] = None  # type: ignore[call-overload]
-                if number + 2 * threads < len(blocks):
-                    coming.append(pool.submit(builder, BatchRequest(0, 0, view, blocks[number + 2 * threads])))
-                yield _answer(live, stored, batch, needs, view)
-
-    return ask
-
-
-def _answer(live: LiveTeacher, stored: Stored, batch: Batch, needs: Needs, view: int) -> dict[str, Any]:
-    signal = live(live.engine.send(replace(batch, teacher=batch.student)), needs)
-    keys = batch.ids if batch.keys is None else batch.keys
-    logits = None if signal.logits is None else _array(signal.logits)
-    features = {path: _padded(_array(signal.features[path]), shape) for path, shape in stored.features.items()}
-    return stored.encode(logits, features, keys, view)
-
-
-def _array(x: torch.Tensor) -> np.ndarray[Any, Any]:
-    x = x.detach()
-    return np.ascontiguousarray((x if x.dtype == torch.float64 else x.float()).cpu().contiguous().numpy())
-
-
-def _padded(values: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Features by token, up to the longest text that there can be."""
-    if values.shape[1:] == shape:
-        return values
-    out = np.zeros((len(values), *shape), dtype=values.dtype)
-    out[:, : values.shape[1]] = values
-    return out
-
-
-def _verify(answers: Answers, purpose: str, folder: Path, stored: Stored, live: LiveTeacher, builder: BatchBuilder, count: int) -> None:
-    """Compare some rows that are there with the teacher itself."""
-    reader = Reader(folder)
-    for request in answers.requests[purpose]:
-        there = np.flatnonzero(reader.has(request.keys, request.view))
-        there = np.unique(there[np.linspace(0, max(0, len(there) - 1), min(count, len(there))).astype(np.int64)])  # from all over
-        if not len(there) or stored.sparse is not None:
-            continue
-        keys = request.keys[there]
-        parts, rows = reader.locate(keys, request.view)
-        told = stored.read(reader, parts, rows, None)
-        batch = builder(BatchRequest(0, 0, request.view, there))
-        asked = live(
-            live.engine.send(replace(batch, teacher=batch.student)),
-            Needs(logits=stored.classes is not None, features=tuple(stored.features)),
-        )
-        features = {p: torch.from_numpy(_padded(_array(asked.features[p]), s)) for p, s in stored.features.items()}
-        half = live.engine.precision in ("bf16", "fp16")
-        mask = batch.student.get("attention_mask")
-        if mask is not None and features:  # what stands where there is no token says nothing
-            real = torch.zeros(len(mask), max(f.shape[1] for f in features.values()), 1)
-            real[:, : mask.shape[1], 0] = mask.float()
-            features = {p: f * real if f.ndim == 3 else f for p, f in features.items()}
-            told = replace(told, features={p: f * real if f.ndim == 3 else f for p, f in told.features.items()})
-        compare(told, replace(asked, features=features), half=half, folder=folder, ids=keys)
-        return
-
-
-@contextmanager
-def _shown(progress: Progress, purpose: str, rows: int) -> Iterator[Callable[[int], None]]:
-    began, done = time.perf_counter(), 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        rate = done / max(1e-9, time.perf_counter() - began)
-        progress.asked("the teacher" if purpose == "teach" else "the teacher on the test split", done, rows, rate)
-
-    yield tick
-    seconds = time.perf_counter() - began
-    if purpose == "teach":
-        progress.say(f"The teacher was asked {done:,} times in {seconds:,.1f} s ({done / max(1e-9, seconds):,.0f} a second).")
-
-
-def engine_of_teacher(recipe: Recipe, model: Model, batch: Batch, device: torch.device) -> tuple[Engine, dict[str, Any]]:
-    """How the teacher runs, and why: as its own settings say, else as the student's do where they are explicit, else measured."""
-    assert recipe.teacher is not None
-    asked, train = recipe.teacher, recipe.train
-    follows = asked.precision == "auto" and train.precision != "auto"
-    layout = asked.layout or (train.layout if follows else None)
-    return teacher_choice(model, batch, device, asked.precision, layout, train.precision)

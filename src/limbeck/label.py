@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._folder import Stop
-from limbeck._teaching import VERIFIED, engine_of_teacher, keep_answers
 from limbeck.cache import read_manifest, tidy, write_ids
 from limbeck.data import load_data
 from limbeck.engine import Engine

@@ -6,7 +6,8 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,23 +17,22 @@ import numpy as np
 import torch
 
 from limbeck import checkpoint
+from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._choices import explicit, resolved, snapshot, student_choice
 from limbeck._folder import Stop, already, begun_seeds, finished, make, matches, next_free, refuse_taken
 from limbeck._parts import Parts
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
 from limbeck._teaching import (
-    VERIFIED,
     Answers,
     Identity,
     Known,
     Sources,
     announce,
-    engine_of_teacher,
     identify,
-    keep_answers,
     known_of,
     recalled,
+    unfinished,
     wants_cache,
 )
 from limbeck.analysis import analyse
@@ -182,8 +182,9 @@ def job_of(
 @dataclass
 class Begun:
     """A job of which everything that can be wrong has been looked at, and nothing been written. known: the teacher; model: where it is loaded;
-    table: where it is a file of logits;
-    columns: its output for each class of the data; answers: its cache, None where it is asked in every step; found: whose cache that is."""
+    table: where it is a file of logits; columns: its output for each class of the data; answers: its cache, None where it is asked in every step;
+    found: whose cache that is; cached: whether answers are kept, and why; whole: they are only read where every one is there; there: its
+    directories where some answers are, and are not read."""
 
     device: torch.device
     student: Model
@@ -199,6 +200,8 @@ class Begun:
     answers: Answers | None = None
     found: Identity | None = None
     cached: tuple[bool, str] = (False, "there is no teacher")
+    whole: bool = False
+    there: dict[str, Path] = field(default_factory=dict)
 
 
 def begin(job: Job, *, label: bool = False) -> Begun:
@@ -220,15 +223,28 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             recipe.teacher.model, student.preprocessing, None, None, begun.table.num_classes, begun.table.sha256, None, begun.table.notes
         )
     elif job.build_teacher is not None and recipe.teacher is not None:
-        begun.cached = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
-        if begun.cached[0] and job.ranks.from_main(lambda: _went_live(job)):
-            begun.cached = (False, "the run was begun without")
-        begun.answers = Answers(recipe, parts) if begun.cached[0] else None
+        wanted, reason = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
+        before = job.ranks.from_main(lambda: _kept_before(job))
+        # a run to be resumed goes on as it began
+        if before is False and wanted is not False:
+            wanted, reason = False, "the run was begun without"
+        elif before and wanted is None:
+            wanted, reason = True, "the run was begun with answers that were kept"
+        begun.cached, begun.whole = (wanted is True, reason), wanted is None
+        answers = Answers(recipe, parts) if wanted is not False else None
+        # every rank does alike, whatever lies on its own machine
+        if answers is not None and (wanted or not job.ranks.any(not answers.begun())):
+            begun.answers = answers
         training = recipe.teacher.train
         if begun.answers is not None and (training is None or training.if_needed):
             told = job.sources()
             if told is not None and job.verify_cache is None:
-                begun.known = recalled(begun.answers, told, data)
+                with _read_whole(begun):
+                    begun.known = recalled(begun.answers, told, data)
+            if job.ranks.any(begun.known is None):
+                begun.known = None
+            elif begun.whole:
+                begun.cached = _WHOLE
         if begun.known is not None:
             begun.columns = class_map(begun.known, data)
         else:
@@ -258,12 +274,35 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     return begun
 
 
-def _went_live(job: Job) -> bool:
-    """Whether a run to be resumed asked its teacher in every step, e.g. because the disk was too full then: it goes on as it began."""
+_WHOLE = (True, "every answer is there")
+
+
+def _kept_before(job: Job) -> bool | None:
+    """Whether a run to be resumed kept its teacher's answers, or asked it in every step, e.g. because the disk was too full then; None where it had
+    not come so far."""
     file = job.out / "environment.json"
     if not job.resume or not file.is_file():
-        return False
-    return read_json(file).get("choices", {}).get("teacher_cache", {}).get("kept") is False
+        return None
+    kept = read_json(file).get("choices", {}).get("teacher_cache", {}).get("kept")
+    return None if kept is None else bool(kept)
+
+
+@contextmanager
+def _read_whole(begun: Begun) -> Iterator[None]:
+    """Where answers are only read if every one is there, what stands against it is said, and the teacher is asked in every step."""
+    try:
+        yield
+    except UsageError as against:
+        if not begun.whole:
+            raise
+        _live(begun, " ".join(str(against).split()))
+
+
+def _live(begun: Begun, against: str) -> None:
+    """Ask the teacher in every step, although some answers are there."""
+    reason = f"{begun.cached[1]}, and {against}"
+    begun.notes.append(f"The teacher is asked in every step: {reason.rstrip('.')}.")
+    begun.answers, begun.found, begun.cached, begun.whole = None, None, (False, reason), False
 
 
 def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> TableTeacher:
@@ -273,23 +312,49 @@ def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> Ta
         text = "makes other versions of the samples than those that the teacher's logits are of."
         raise UsageError(Problem("data.augment", text, "Set data.augment: none, or name a teacher that can be asked."))
     table = TableTeacher(Path(recipe.teacher.model.removeprefix("logits:")), data, device)
-    table.columns = class_map(table, data)
+    try:
+        table.columns = class_map(table, data)
+    except UsageError as e:
+        hint = "A .parquet file may name its classes, in the order of its logits."
+        raise UsageError([Problem("teacher.model", f"{table.path}: {p.message}", hint) for p in e.problems]) from None
     return table
 
 
 def keep(begun: Begun, told: Sources | None) -> None:
-    """Find the directories of a loaded teacher's answers, or fall back to asking it in every step where the disk would not hold them."""
+    """:func:`_keep`, on every rank alike."""
+    _keep(begun, told)
+    if begun.parts.ranks.any(begun.answers is None) and begun.answers is not None:
+        _live(begun, "the process on another machine cannot keep its answers")
+
+
+def _keep(begun: Begun, told: Sources | None) -> None:
+    """Find the directories of a loaded teacher's answers, or fall back to asking it in every step: where the disk would not hold them, and where each
+    would be used once and some are not there."""
     assert begun.answers is not None
     assert begun.model is not None
-    cache = begun.answers.recipe.teacher_cache
-    begun.found = identify(begun.answers, begun.model, told)
-    begun.known = known_of(begun.model)
-    begun.parts.teacher = begun.model.preprocessing
-    fall_back = cache.path is None and cache.mode == "auto"
-    notes, kept = announce(begun.answers, begun.found, may_fall_back=fall_back)
-    begun.notes += notes
-    if not kept:
-        begun.answers, begun.found, begun.cached = None, None, (False, notes[0])
+    answers, model = begun.answers, begun.model
+    own = model.preprocessing, list(model.notes)
+    with _read_whole(begun):
+        begun.found = identify(answers, model, told)
+        if begun.whole:
+            missing = unfinished(answers)
+            if not missing:
+                begun.cached = _WHOLE
+            elif answers.folders["teach"].exists():
+                begun.there = answers.folders
+                _live(begun, missing)
+            else:  # another teacher's
+                begun.answers, begun.found = None, None
+        else:
+            cache = answers.recipe.teacher_cache
+            notes, kept = announce(answers, begun.found, may_fall_back=cache.path is None and cache.mode == "auto")
+            begun.notes += notes
+            if not kept:
+                begun.answers, begun.found, begun.cached = None, None, (False, notes[0])
+    if begun.answers is None:  # it is prepared for as if no cache had been looked at
+        model.preprocessing, model.notes = own
+    begun.known = known_of(model)
+    begun.parts.teacher = model.preprocessing
 
 
 def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:

@@ -138,7 +138,21 @@ HINT = [
     {"loss": "cross_entropy", "weight": 0.3},
     {"loss": "hint", "weight": 0.1, "student": "body", "teacher": "norm"},
 ]
-BASES: dict[str, Callable[[Path], None]] = {"run": image_base, "own": own_base, "hint": hint_base, "mixup": mixup_base, "text": text_base}
+SPARSE = {"path": "cache", "views": VIEWS, "codec": "sparse", "top": 1, "samples": 1}
+
+
+def sparse_base(folder: Path) -> None:
+    image_base(folder, objective=HINT[:2], teacher_cache=SPARSE)
+
+
+BASES: dict[str, Callable[[Path], None]] = {
+    "run": image_base,
+    "own": own_base,
+    "hint": hint_base,
+    "mixup": mixup_base,
+    "text": text_base,
+    "sparse": sparse_base,
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +165,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             there[name] = tmp_path_factory.mktemp(name)
             BASES[name](there[name])
             found = caching.label(there[name] / "recipe.yaml")
-            views = VIEWS if name in ("run", "hint", "mixup") else 1
+            views = 1 if name in ("own", "text") else VIEWS
             assert found.asked == {"teach": TRAIN * views, "test": TEST}
         return there[name]
 
@@ -706,6 +720,98 @@ def test_a_complete_cache_takes_the_memory_of_the_student_alone(tmp_path: Path) 
     assert reading < 1.05 * student
 
 
+TOWER = """
+from torch import nn
+from blocks import Block
+
+
+class Tower(nn.Module):
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), Block(64, num_classes))
+
+    def forward(self, x):
+        return self.body(x)
+"""
+BLOCKS = """
+from torch import nn
+
+
+class Block(nn.Linear):
+    def forward(self, x):
+        return 1.0 * super().forward(x)
+"""
+
+
+def forget(*names: str) -> None:
+    """As in a new process, a person's modules are read again."""
+    for name in [n for n in sys.modules if n in names or any(n.startswith(f"limbeck_user_{x}_") for x in names)]:
+        del sys.modules[name]
+
+
+def test_a_teacher_whose_file_imports_its_neighbour_is_loaded(tmp_path: Path) -> None:
+    """The run has a copy of the file, and none of its neighbour, which may change: what it is now is seen only when it is built."""
+    folder = make_folder(tmp_path, TRAIN)
+    (folder / "tower.py").write_text(TOWER, encoding="utf-8")
+    (folder / "blocks.py").write_text(BLOCKS, encoding="utf-8")
+    forget("tower", "blocks")
+    run("train", recipe(folder, "teacher.yaml", teacher=None, student={"model": "python:tower.py:Tower"}), out=folder / "teacher")
+    base(folder, teacher={"model": "run:teacher"})
+    first = caching.label(folder / "recipe.yaml")
+    again = caching.label(folder / "recipe.yaml")
+    assert (again.loaded, again.asked) == (True, {"teach": 0, "test": 0})
+    edit(folder / "blocks.py", "1.0 *", "7.0 *")
+    forget("tower", "blocks")
+    changed = caching.label(folder / "recipe.yaml")
+    assert changed.folders["teach"] != first.folders["teach"]
+    assert changed.asked == first.asked
+    assert caching.same_rows(changed, folder / "recipe.yaml") == TRAIN * VIEWS
+    forget("tower", "blocks")
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["by name", "its run"])
+def test_a_teacher_of_a_module_is_always_loaded(saved: bool, tmp_path: Path) -> None:
+    """Its source lies wherever Python finds it; there is no file beside its weights that could be believed."""
+    folder = make_folder(tmp_path, TRAIN)
+    shutil.copy(folder / "nets.py", folder / "teacher_of_a_module.py")
+    named = "python:teacher_of_a_module:plain"
+    if saved:
+        run("train", recipe(folder, "teacher.yaml", teacher=None, student={"model": named}), out=folder / "teacher")
+    base(folder, teacher={"model": "run:teacher" if saved else named})
+    assert caching.label(folder / "recipe.yaml").loaded
+    found = caching.label(folder / "recipe.yaml")
+    assert (found.loaded, found.asked) == (True, {"teach": 0, "test": 0})
+    edit(folder / "teacher_of_a_module.py", "return nn.Sequential(nn.Flatten()", "return nn.Sequential(nn.Flatten(), nn.Identity()")
+    edit(folder / "teacher_of_a_module.py", "nn.Linear(size, 7), nn.Tanh(), nn.Linear(7", "nn.Linear(size, 7), nn.ReLU(), nn.Linear(7")
+    forget("teacher_of_a_module")
+    if saved:  # its weights have other names now
+        assert limbeck("label", folder / "recipe.yaml") == 2
+    else:
+        assert caching.label(folder / "recipe.yaml").asked == {"teach": TRAIN * VIEWS, "test": TEST}
+    forget("teacher_of_a_module")
+
+
+def test_names_of_classes_are_those_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled by an object, whose classes stand in one order; then a folder of the same weights, and its own order, adopts what is there; and what it
+    is known by from now on must not bring back the object's order."""
+    folder = tmp_path / "text"
+    text_base(folder)
+    with monkeypatch.context() as unnamed:
+        import limbeck.spine as spine
+
+        unnamed.setattr(spine, "sources", lambda *a, **k: None)
+        first = caching.label(folder / "recipe.yaml")
+    assert first.columns is None
+    other_label_order(folder)
+    adopting = caching.label(folder / "recipe.yaml")
+    recalled = caching.label(folder / "recipe.yaml")
+    assert adopting.folders == recalled.folders == first.folders
+    assert (adopting.loaded, recalled.loaded) == (True, False)
+    assert adopting.columns.tolist() == [1, 2, 0]
+    assert recalled.columns.tolist() == [1, 2, 0]
+    assert caching.same_rows(recalled, folder / "recipe.yaml") == TRAIN
+
+
 # --- mistakes and the command line --------------------------------------------------------------------------------------------------------
 
 
@@ -837,16 +943,19 @@ def rewrite_wrongly(folder: Path) -> None:
     write_manifest(folder, manifest)
 
 
-@pytest.mark.parametrize("kind", ["run", "own"])
+@pytest.mark.parametrize("kind", ["run", "own", "sparse"])
 def test_answers_that_are_not_the_teachers_are_refused(
     kind: str, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whole by their checksums, and wrong: seen when they are compared with the teacher, which happens wherever it is loaded."""
     folder = tmp_path / "copy"
     shutil.copytree(bases(kind), folder)
+    asked = ("--verify-cache", "8") if kind != "own" else ()
+    assert limbeck("label", folder / "recipe.yaml", *asked) == 0
+    said = capsys.readouterr().err
+    assert f"teach answers in {teach_folder(folder)} were compared with the teacher" in said
     rewrite_wrongly(teach_folder(folder))
     assert limbeck("cache", "verify", folder / "cache") == 0
-    asked = ("--verify-cache", "8") if kind == "run" else ()
     for command in (["distill", folder / "recipe.yaml", "--out", folder / "out"], ["label", folder / "recipe.yaml"]):
         assert limbeck(*command, *asked) == 2
         said = capsys.readouterr().err
@@ -928,3 +1037,100 @@ def test_a_run_that_began_without_goes_on_without(tmp_path: Path, monkeypatch: p
     assert list(Path(os.environ["LIMBECK_CACHE"]).rglob("*.arrow")) == []
     assert read(here / "cut/environment.json")["choices"]["teacher_cache"]["kept"] is False
     assert weights(here / "cut/student") == weights(here / "whole/student")
+
+
+# --- answers that are used once each ------------------------------------------------------------------------------------------------------
+
+ONCE: dict[str, Any] = {"data": {"augment": {"crop": 1, "flip": True}}, "teacher_cache": {"views": 4}, "baseline": False}
+
+
+def once_base(folder: Path, model: str, **changes: Any) -> Path:
+    """A recipe of two epochs and four views, without a path, whose teacher is a run or is a person's own file."""
+    make_folder(folder)
+    if model == "run:teacher":
+        run("train", recipe(folder, "teacher.yaml", teacher=None, student={"model": "python:nets.py:teacher"}), out=folder / "teacher")
+    return recipe(folder, **{**ONCE, "teacher": {"model": model}, **changes})
+
+
+@pytest.mark.parametrize("model", ["run:teacher", "python:nets.py:teacher"])
+def test_what_is_there_is_read_although_each_answer_is_used_once(model: str, tmp_path: Path) -> None:
+    """`limbeck label` and then a short run, both in the default folder: the teacher is not asked again; without the label it is, in every step."""
+    file = once_base(tmp_path, model)
+    live = run("distill", file, out=tmp_path / "live")
+    assert live["cost"]["cache_hits"] == 0
+    assert read(tmp_path / "live/environment.json")["choices"]["teacher_cache"] == {
+        "kept": False,
+        "reason": "2 epochs of 4 views would use each answer once",
+    }
+    assert limbeck("label", file) == 0
+    found = run("distill", file, out=tmp_path / "read")
+    assert found["cost"]["cache_hits"] == 2 * 48
+    # one that can only be known when it is loaded is compared with what is there, and measured
+    assert (found["cost"]["teacher_items"] == 0) == (model == "run:teacher")
+    assert read(tmp_path / "read/environment.json")["choices"]["teacher_cache"] == {"kept": True, "reason": "every answer is there"}
+    named = recipe(tmp_path, "named.yaml", **{**ONCE, "teacher": {"model": model}, "teacher_cache": {"views": 4, "path": "named"}})
+    run("distill", named, out=tmp_path / "named-run")
+    assert weights(tmp_path / "read/student") == weights(tmp_path / "named-run/student")
+
+
+@pytest.mark.parametrize("model", ["run:teacher", "python:nets.py:teacher"])
+def test_what_is_there_in_part_is_said_and_not_read(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher is asked in every step, as without any cache, and the plan says the same."""
+    file = once_base(tmp_path, model)
+    run("distill", file, out=tmp_path / "live")
+    assert limbeck("label", file, "--set", "train.epochs=1") == 0
+    found = run("distill", file, out=tmp_path / "part")
+    assert found["cost"]["cache_hits"] == 0
+    choice = read(tmp_path / "part/environment.json")["choices"]["teacher_cache"]
+    assert choice["kept"] is False
+    assert "48 of 114 are not in" in choice["reason"]
+    assert any("asked in every step: 2 epochs of 4 views would use each answer once, and 48 of 114" in note for note in found["notes"])
+    assert weights(tmp_path / "part/student") == weights(tmp_path / "live/student")
+    capsys.readouterr()
+    assert limbeck("distill", file, "--out", tmp_path / "plan", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["choices"]["teacher_cache"] == choice
+    assert plan["cache"]["rows_there"] == {"teach": 48, "test": 18}
+    assert limbeck("label", file) == 0
+    capsys.readouterr()
+    assert limbeck("distill", file, "--out", tmp_path / "plan", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["choices"]["teacher_cache"] == {"kept": True, "reason": "every answer is there"}
+    assert plan["cache"]["rows_to_ask"] == {"teach": 0, "test": 0}
+
+
+def test_what_stands_against_reading_is_said(tmp_path: Path) -> None:
+    """A run that need not read goes on: damage, or a precision that was asked for, is named."""
+    file = once_base(tmp_path, "run:teacher")
+    assert limbeck("label", file) == 0
+    asked = recipe(tmp_path, "half.yaml", **{**ONCE, "teacher": {"model": "run:teacher", "precision": "bf16"}})
+    found = run("distill", asked, out=tmp_path / "half")
+    assert found["cost"]["cache_hits"] == 0
+    assert any("teacher.precision: got bf16" in note for note in found["notes"])
+    flip_bit(next(Path(os.environ["LIMBECK_CACHE"]).glob("*/v*.arrow")), 600)
+    found = run("distill", file, out=tmp_path / "damaged")
+    assert found["cost"]["cache_hits"] == 0
+    assert any("do not match their checksum" in note and "limbeck cache verify" in note for note in found["notes"])
+
+
+def test_a_resumed_run_goes_on_with_or_without_answers_as_it_began(tmp_path: Path) -> None:
+    """Whatever has come or gone in the default folder meanwhile."""
+    file = once_base(tmp_path, "run:teacher", train={"checkpoint_every": 2})
+    for name in ("live", "live-cut"):
+        run("distill", file, out=tmp_path / name)
+    assert limbeck("label", file) == 0
+    for name in ("read", "read-cut"):
+        assert run("distill", file, out=tmp_path / name)["cost"]["cache_hits"] > 0
+    assert weights(tmp_path / "live/student") != weights(tmp_path / "read/student"), "the codec has to be seen"
+    for name in ("live-cut", "read-cut"):  # as if they had been killed before they were finished
+        for path in (*(tmp_path / name).glob("*.html"), *(tmp_path / name).glob("metrics.json")):
+            path.unlink()
+        shutil.rmtree(tmp_path / name / "student")
+    assert run("distill", file, "--resume", out=tmp_path / "live-cut")["cost"]["cache_hits"] == 0
+    for folder in Path(os.environ["LIMBECK_CACHE"]).iterdir():
+        shutil.rmtree(folder)
+    found = run("distill", file, "--resume", out=tmp_path / "read-cut")
+    assert found["cost"]["teacher_items"] > 0
+    assert found["cost"]["cache_hits"] == 2 * 48
+    for name in ("live", "read"):
+        assert weights(tmp_path / f"{name}-cut/student") == weights(tmp_path / name / "student")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -116,68 +117,187 @@ def test_ids_of_every_sample_can_be_had(here: Path) -> None:
     assert len(lines) == 1 + 48 + 12 + 18
 
 
-def _wrong(here: Path, what: str) -> str:
+class Opened:
+    """Says that it was, when a pickle of it is read."""
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (Path("opened"), "by a pickle")
+
+
+def header(text: str) -> bytes:
+    """A .npy file with this header and no data."""
+    raw = text.encode()
+    return b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw
+
+
+NPY: dict[str, tuple[Any, str]] = {
+    "too few rows": (lambda said: said[:-1], "(47, 3)"),
+    "no rows": (lambda said: said[:0], "cannot be read as .npy|(0, 3)"),
+    "no classes": (lambda said: said[:, :0], "cannot be read as .npy|(48, 0)"),
+    "one dimension": (lambda said: said[:, 0], "float32 of (48,)"),
+    "three dimensions": (lambda said: said[None], "(1, 48, 3)"),
+    "integers": (lambda said: said.astype(int), "int64"),
+    "complex numbers": (lambda said: said.astype(complex), "complex128"),
+    "text": (lambda said: said.astype(str), "<U"),
+    "named fields": (lambda said: np.zeros(48, dtype=[("a", float)]), "(48,)"),
+    "objects": (lambda said: said.astype(object), "cannot be read as .npy"),
+    "other classes": (lambda said: np.concatenate([said, said], axis=1), "6 outputs and the data has 3 classes"),
+    "a NaN": (lambda said: np.where(np.arange(3) == 1, np.nan, said), "NaN or infinity for the sample"),
+    "no finite number": (lambda said: np.where(np.arange(48)[:, None] == 4, -np.inf, said), "NaN or infinity for the sample"),
+}
+BYTES: dict[str, tuple[Any, str]] = {
+    "an empty file": (lambda whole: b"", "cannot be read as .npy"),
+    "a truncated magic": (lambda whole: whole[:4], "cannot be read as .npy"),
+    "a truncated header": (lambda whole: whole[:40], "cannot be read as .npy"),
+    "truncated data": (lambda whole: whole[:-8], "cannot be read as .npy"),
+    "a plain pickle": (lambda whole: pickle.dumps(Opened()), "cannot be read as .npy"),
+    "no version": (lambda whole: whole[:6] + b"\x09\x09" + whole[8:], "cannot be read as .npy"),
+    "a header that is no mapping": (lambda whole: header("[1, 2]\n"), "cannot be read as .npy"),
+    "a header that is no Python": (lambda whole: header("{'descr': (((\n"), "cannot be read as .npy"),
+    "a header with a wrong type": (
+        lambda whole: header("{'descr': 'zz', 'fortran_order': False, 'shape': (48, 3)}\n"),
+        "cannot be read as .npy",
+    ),
+    "a header with a wrong shape": (lambda whole: header("{'descr': '<f4', 'fortran_order': False, 'shape': (-48, 3)}\n"), "wrong.npy"),
+    "a huge shape": (
+        lambda whole: header("{'descr': '<f4', 'fortran_order': False, 'shape': (48, 1" + 30 * "0" + ")}\n"),
+        "cannot be read as .npy",
+    ),
+}
+
+
+def floats(said: Any) -> Any:
+    return pa.array(list(said), pa.list_(pa.float32()))
+
+
+PARQUET: dict[str, tuple[Any, str]] = {
+    "a sample missing": (lambda ids, said: {"id": ids[1:], "logits": floats(said[1:])}, "no logits for 1 of 48"),
+    "no key": (lambda ids, said: {"name": ids, "logits": floats(said)}, "logits, and id or row, are wanted"),
+    "no logits": (lambda ids, said: {"id": ids}, "logits, and id or row, are wanted"),
+    "no rows": (lambda ids, said: {"id": pa.array([], pa.string()), "logits": floats(said[:0])}, "has no rows"),
+    "short ids": (lambda ids, said: {"id": [i[:8] for i in ids], "logits": floats(said)}, "32 hexadecimal digits"),
+    "ids that are long and short": (
+        lambda ids, said: {"id": [ids[0] + ids[1][:2], ids[1][2:], *ids[2:]], "logits": floats(said)},
+        "32 hexadecimal digits in every row: row 0",
+    ),
+    "ids with spaces": (lambda ids, said: {"id": [f"{i[:30]}  " for i in ids], "logits": floats(said)}, "32 hexadecimal digits"),
+    "an id that is null": (lambda ids, said: {"id": [None, *ids[1:]], "logits": floats(said)}, "row 0 has None"),
+    "ids that are numbers": (lambda ids, said: {"id": list(range(48)), "logits": floats(said)}, "but int64"),
+    "ids that are bytes": (lambda ids, said: {"id": [i.encode() for i in ids], "logits": floats(said)}, "but binary"),
+    "two answers": (lambda ids, said: {"id": [*ids, ids[0]], "logits": floats([*said, said[0] + 1])}, "with other logits"),
+    "a row twice": (lambda ids, said: {"row": [0, *range(47)], "logits": floats(said)}, "numbers twice"),
+    "a row beyond": (lambda ids, said: {"row": [*range(47), 48], "logits": floats(said)}, "numbers twice, or beyond"),
+    "rows that are floats": (lambda ids, said: {"row": np.arange(48) + 0.5, "logits": floats(said)}, "the column row has double"),
+    "rows that are text": (lambda ids, said: {"row": [str(i) for i in range(48)], "logits": floats(said)}, "the column row has string"),
+    "a row that is null": (lambda ids, said: {"row": [None, *range(1, 48)], "logits": floats(said)}, "the column row has 1 nulls"),
+    "uneven": (lambda ids, said: {"id": ids, "logits": floats([*said[:-1], said[0][:2]])}, "the same number of values"),
+    "logits that are null": (lambda ids, said: {"id": ids, "logits": floats([None, *said[1:]])}, "none may be null"),
+    "a logit that is null": (
+        lambda ids, said: {"id": ids, "logits": pa.array([[None, 1.0, 2.0], *said[1:].tolist()], pa.list_(pa.float32()))},
+        "none may be null",
+    ),
+    "logits that are no lists": (lambda ids, said: {"id": ids, "logits": said[:, 0]}, "the column logits has float; lists of floats"),
+    "logits that are texts": (lambda ids, said: {"id": ids, "logits": said.astype(str).tolist()}, "lists of floats are wanted"),
+    "logits that are whole numbers": (lambda ids, said: {"id": ids, "logits": said.astype(int).tolist()}, "lists of floats are wanted"),
+    "lists of lists": (lambda ids, said: {"id": ids, "logits": [[row] for row in said.tolist()]}, "lists of floats are wanted"),
+    "other classes": (lambda ids, said: {"id": ids, "logits": floats(np.concatenate([said, said], 1))}, "6 outputs and the data has 3"),
+    "no classes": (lambda ids, said: {"id": ids, "logits": floats(said[:, :0])}, "at least one, and none may be null"),
+}
+CLASSES: dict[str, tuple[str, str]] = {
+    "no JSON": ("ant, bee, cat", "a JSON list of names is wanted"),
+    "no list": ('"ant"', "a JSON list of names is wanted"),
+    "a mapping": ('{"ant": 0}', "a JSON list of names is wanted"),
+    "lists": ('[["ant"], ["bee"], ["cat"]]', "a JSON list of names is wanted"),
+    "of another length": ('["ant", "bee"]', "has 2 names, and each row has 3 logits"),
+}
+OTHERS: dict[str, str] = {
+    "no file": "no such file",
+    "another kind": "a .npy or a .parquet file",
+    "a folder.npy": "is a folder, expected a file",
+    "a folder.parquet": "is a folder, expected a file",
+    "an archive": "cannot be read as .npy",
+    "an empty Parquet file": "cannot be read as Parquet",
+    "a truncated Parquet file": "cannot be read as Parquet",
+    "a Parquet file that is none": "cannot be read as Parquet",
+}
+
+
+def _others(here: Path, what: str) -> str:
     data = data_of(here)
-    said, ids = answers(data)["train"], hexadecimal(data.train.ids)
+    said = answers(data)["train"]
     match what:
-        case "too few rows":
-            np.save(here / "wrong.npy", said[:-1])
-        case "integers":
-            np.save(here / "wrong.npy", said.astype(int))
-        case "a pickle":
-            np.save(here / "wrong.npy", np.array([{"a": 1}] * 48, dtype=object), allow_pickle=True)
-        case "other classes":
-            np.save(here / "wrong.npy", np.concatenate([said, said], axis=1))
-        case "a NaN":
-            said[7, 1] = np.nan
-            np.save(here / "wrong.npy", said)
-        case "a sample missing":
-            parquet(here / "wrong.parquet", {"id": ids[1:]}, said[1:])
-        case "no key":
-            parquet(here / "wrong.parquet", {"name": ids}, said)
-        case "short ids":
-            parquet(here / "wrong.parquet", {"id": [i[:8] for i in ids]}, said)
-        case "two answers":
-            parquet(here / "wrong.parquet", {"id": [*ids, ids[0]]}, np.concatenate([said, said[:1] + 1]))
-        case "a row twice":
-            parquet(here / "wrong.parquet", {"row": [0, *range(47)]}, said)
-        case "uneven":
-            pq.write_table(pa.table({"id": ids, "logits": [[0.0]] * 47 + [[0.0, 1.0]]}), here / "wrong.parquet")
         case "no file":
             return "gone.npy"
         case "another kind":
             (here / "wrong.csv").write_text("x")
             return "wrong.csv"
-    return "wrong.npy" if (here / "wrong.npy").exists() else "wrong.parquet"
+        case "a folder.npy" | "a folder.parquet":
+            (here / f"wrong{Path(what).suffix}").mkdir()
+            return f"wrong{Path(what).suffix}"
+        case "an archive":
+            np.savez(here / "wrong.npz", said)
+            (here / "wrong.npz").rename(here / "wrong.npy")
+            return "wrong.npy"
+    whole = parquet(here / "wrong.parquet", {"id": hexadecimal(data.train.ids)}, said).read_bytes()
+    wrong = {"an empty Parquet file": b"", "a truncated Parquet file": whole[:-20], "a Parquet file that is none": b"PAR1" * 9}[what]
+    (here / "wrong.parquet").write_bytes(wrong)
+    return "wrong.parquet"
 
 
-@pytest.mark.parametrize(
-    ("what", "told"),
-    [
-        ("too few rows", "(47, 3)"),
-        ("integers", "int64"),
-        ("a pickle", "cannot be read as .npy"),
-        ("other classes", "6 outputs and the data has 3 classes"),
-        ("a NaN", "NaN or infinity for the sample"),
-        ("a sample missing", "no logits for 1 of 48"),
-        ("no key", "logits, and id or row, are wanted"),
-        ("short ids", "32 hexadecimal digits"),
-        ("two answers", "with other logits"),
-        ("a row twice", "numbers twice"),
-        ("uneven", "the same number of values"),
-        ("no file", "no such file"),
-        ("another kind", "a .npy or a .parquet file"),
-    ],
-)
+WRONG = [
+    *(("npy", what) for what in NPY),
+    *(("bytes", what) for what in BYTES),
+    *(("parquet", what) for what in PARQUET),
+    *(("classes", what) for what in CLASSES),
+    *(("others", what) for what in OTHERS),
+]
+
+
+def _wrong(here: Path, kind: str, what: str) -> tuple[str, str]:
+    """A file that cannot teach, and what is said of it."""
+    data = data_of(here)
+    said, ids = answers(data)["train"], hexadecimal(data.train.ids)
+    match kind:
+        case "npy":
+            np.save(here / "wrong.npy", NPY[what][0](said), allow_pickle=True)
+            return "wrong.npy", NPY[what][1]
+        case "bytes":
+            np.save(here / "wrong.npy", said)
+            (here / "wrong.npy").write_bytes(BYTES[what][0]((here / "wrong.npy").read_bytes()))
+            return "wrong.npy", BYTES[what][1]
+        case "parquet":
+            pq.write_table(pa.table(PARQUET[what][0](ids, said)), here / "wrong.parquet")
+            return "wrong.parquet", PARQUET[what][1]
+        case "classes":
+            parquet(here / "wrong.parquet", {"id": ids}, said, CLASSES[what][0])
+            return "wrong.parquet", CLASSES[what][1]
+    return _others(here, what), OTHERS[what]
+
+
+@pytest.mark.parametrize(("kind", "what"), WRONG)
 def test_a_file_that_cannot_teach_is_refused_before_anything_is_written(
-    here: Path, capsys: pytest.CaptureFixture[str], what: str, told: str
+    here: Path, capsys: pytest.CaptureFixture[str], kind: str, what: str
 ) -> None:
-    file = _wrong(here, what)
+    """With a sentence, and exit code 2; no pickle in it is opened."""
+    file, told = _wrong(here, kind, what)
     assert limbeck("distill", recipe(here, teacher={"model": f"logits:{file}"}), "--out", here / "run") == 2
     said = capsys.readouterr().err
-    assert told in said, said
+    assert any(text in said for text in told.split("|")), said
+    assert file in said
     assert "Traceback" not in said
     assert not (here / "run").exists()
+    assert not (here / "opened").exists()
+
+
+@pytest.mark.parametrize("kind", ["float16", "float64", ">f4"])
+def test_floats_of_any_size_teach(here: Path, kind: str) -> None:
+    said = answers(data_of(here))["train"].astype(kind)
+    np.save(here / "rows.npy", said)
+    assert taught(here, "rows.npy", "npy")["cost"]["cache_hits"] == 2 * 48
+    if kind != ">f4":  # Arrow has no such numbers
+        parquet(here / "rows.parquet", {"row": np.arange(48)}, said)
+        assert taught(here, "rows.parquet", "parquet")["cost"]["cache_hits"] == 2 * 48
+        assert weights(here / "npy/student") == weights(here / "parquet/student")
 
 
 @pytest.mark.parametrize(

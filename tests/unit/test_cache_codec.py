@@ -13,7 +13,7 @@ from caching import ABOUT, MADE, answers, identity_of, make_cache, some_keys
 from limbeck.cache import CachedTeacher, Reader, Request, Sparse, Stored, compare, create, fill
 from limbeck.cache._codec import sparse_of
 from limbeck.errors import LimbeckError, UsageError
-from limbeck.types import Batch, Needs, Signal
+from limbeck.types import Batch, Needs, Signal, SparseLogits
 
 CPU = torch.device("cpu")
 
@@ -225,3 +225,92 @@ def test_answers_are_compared_within_codec_and_rounding(tmp_path: Path, half: bo
         check(signal_of([[10.0, float("-inf")], [0.5, 0.25]], body=[[1.0], [2.0]]))
     masked = signal_of([[10.0, float("-inf")]])
     compare(masked, masked, half=half, folder=tmp_path, ids=ids[:1])
+
+
+def swap_columns(x: Any, a: int, b: int) -> Any:
+    x = x.copy()
+    x[:, [a, b]] = x[:, [b, a]]
+    return x
+
+
+def other_draws(index: Any, top: int, classes: int) -> Any:
+    """Each drawn class replaced by the next one that is not among the kept."""
+    index = index.copy()
+    for row in index:
+        for at in range(top, len(row)):
+            row[at] = next(c % classes for c in range(row[at] + 1, row[at] + classes) if c % classes not in row[:top])
+    return index
+
+
+SPARSE = Sparse(2.0, 4, 6)
+WRONG: dict[str, tuple[str, Any]] = {
+    "a share": ("shares of the most probable", lambda i, w, h: (i, w * np.where(np.arange(10) == 1, 1.2, 1), h)),
+    "classes swapped": ("shares of the most probable", lambda i, w, h: (swap_columns(i, 0, 3), w, h)),
+    "the rest's weight": ("shares of the rest", lambda i, w, h: (i, w * np.where(np.arange(10) >= 4, 0.8, 1), h)),
+    "other draws": ("places of the drawn", lambda i, w, h: (other_draws(i, 4, 50), w, h)),
+    "the draws of other samples": ("places of the drawn", lambda i, w, h: (np.concatenate([i[:, :4], i[:, 9:3:-1]], 1), w, h)),
+    "no class of it": ("numbers of classes", lambda i, w, h: (i + (np.arange(10) == 9) * 50, w, h)),
+    "the entropy": ("entropies", lambda i, w, h: (i, w, h + 0.1)),
+    "no number": ("entropies", lambda i, w, h: (i, w, h * np.nan)),
+}
+
+
+def sparse_signals(change: Any = lambda i, w, h: (i, w, h), noise: float = 0.0) -> tuple[Signal, Signal, Any]:
+    """20 sparse answers, a teacher that says the same within ``noise``, and the keys."""
+    rng = np.random.default_rng(3)
+    logits, keys = rng.normal(0, 2, (20, 50)), some_keys(20)
+    logits[:, 7] = logits[:, 8] = np.sort(logits, 1)[:, -4]  # tied for the last place of the top
+    index, weight, entropy = change(*sparse_of(logits, SPARSE, keys, 1))
+    told = SparseLogits(torch.from_numpy(index), torch.from_numpy(weight), torch.from_numpy(entropy), 50, SPARSE.temperature)
+    live = torch.from_numpy(logits + rng.uniform(-noise, noise, logits.shape))
+    return Signal(None, {}, "sparse", told), Signal(live), keys
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_sparse_answers_are_compared_with_what_they_stand_for(tmp_path: Path, noise: float) -> None:
+    """Rounding may swap tied classes and move a draw; that is no difference."""
+    told, live, keys = sparse_signals(noise=noise)
+    assert live.logits is not None
+    assert told.sparse is not None
+    again = sparse_of(live.logits.numpy(), SPARSE, keys, 1)[0]
+    assert np.array_equal(told.sparse.index.numpy(), again) == (noise == 0), "the noise has to be seen"
+    compare(told, live, half=False, folder=tmp_path, ids=keys, sparse=SPARSE, view=1)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_sparse_answers_of_another_teacher_are_refused(tmp_path: Path, name: str) -> None:
+    what, change = WRONG[name]
+    told, live, keys = sparse_signals(change)
+    with pytest.raises(UsageError, match=f"does not answer as the teacher does: the {what}"):
+        compare(told, live, half=False, folder=tmp_path, ids=keys, sparse=SPARSE, view=1)
+
+
+def test_a_class_that_is_not_among_the_most_probable_is_refused(tmp_path: Path) -> None:
+    """Although its own share is right."""
+    told, live, keys = sparse_signals()
+    assert told.sparse is not None
+    assert live.logits is not None
+    p = softmax(live.logits.numpy(), SPARSE.temperature)
+    told.sparse.index[:, 3] = torch.from_numpy(p.argmin(1))
+    told.sparse.weight[:, 3] = torch.from_numpy(p.min(1).astype(np.float32))
+    with pytest.raises(UsageError, match="the most probable classes differ"):
+        compare(told, live, half=False, folder=tmp_path, ids=keys, sparse=SPARSE, view=1)
+
+
+def test_sparse_answers_under_another_view_are_refused(tmp_path: Path) -> None:
+    told, live, keys = sparse_signals()
+    with pytest.raises(UsageError, match="places of the drawn"):
+        compare(told, live, half=False, folder=tmp_path, ids=keys, sparse=SPARSE, view=2)
+
+
+@pytest.mark.parametrize("spec", [Sparse(0.5, 0, 5), Sparse(4.0, 5, 0), Sparse(1.0, 9, 3), Sparse(1.0, 1, 2)])
+@pytest.mark.parametrize("scale", [0.1, 300.0])
+def test_every_kind_of_sparse_answers_agrees_with_itself(tmp_path: Path, spec: Sparse, scale: float) -> None:
+    """No class kept exactly, none drawn, every one kept; flat, and so sure that the rest has no mass."""
+    keys, logits = some_keys(30), np.random.default_rng(0).normal(0, scale, (30, 12)).astype(np.float32)
+    index, weight, entropy = (torch.from_numpy(x) for x in sparse_of(logits, spec, keys, 0))
+    told = Signal(None, {}, "sparse", SparseLogits(index, weight, entropy, 12, spec.temperature))
+    compare(told, Signal(torch.from_numpy(logits)), half=False, folder=tmp_path, ids=keys, sparse=spec)
+    off = Signal(torch.from_numpy(np.roll(logits, 1, 1)))
+    with pytest.raises(UsageError, match="does not answer as the teacher does"):
+        compare(told, off, half=False, folder=tmp_path, ids=keys, sparse=spec)

@@ -12,6 +12,7 @@ import pytest
 from caching import answers, contents, make_cache, some_keys
 from limbeck.cache import FIGURES, CacheDamaged, Reader, listing, read_figures, read_manifest, remove, seal, verify
 from limbeck.cache import _fill as filling
+from limbeck.cache import _manage as managing
 from limbeck.errors import UsageError
 from limbeck.run import write_atomic
 
@@ -197,6 +198,28 @@ def test_files_that_do_not_belong_are_named_and_removed(folder: Path) -> None:
     assert not (folder / part).exists()
     (folder / f".{part}.tmp").write_bytes(b"half")
     (folder / part).write_bytes(b"half")
+    assert verify(folder)[0].problems == []
+
+
+def test_a_part_that_is_committed_while_another_process_repairs_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came after the manifest had been read, and is not in what was read."""
+    (folder / "notes.txt").write_text("mine")
+    later, plain, times = some_keys(6, 5), managing._readable, []
+
+    def readable(path: Path) -> None:
+        if not times:
+            times.append(1)
+            make_cache(folder.parent, later)
+        plain(path)
+
+    monkeypatch.setattr(managing, "_readable", readable)
+    [found] = verify(folder, repair=True)
+    assert times
+    assert any("notes.txt was removed" in text for text in found.mended)
+    assert not any(".arrow" in text for text in found.mended), "nor is it said to have been removed"
+    reader = Reader(folder)
+    assert reader.has(later, 0).all()
+    assert reader.has(KEYS, 0).all()
     assert verify(folder)[0].problems == []
 
 

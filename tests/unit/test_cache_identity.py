@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +16,8 @@ import torch
 from torch import nn
 
 from limbeck.models import architecture_sha256
+from limbeck.models._identity import _stands_alone
+from running import ROOT
 
 SOURCE = """
 import helpers
@@ -139,3 +143,165 @@ def test_what_cannot_be_read_is_no_error(monkeypatch: pytest.MonkeyPatch) -> Non
     module.own["loop"].append(module.own)
     assert architecture_sha256(module) == architecture_sha256(module)
     assert importlib.util.find_spec("typed") is None
+
+
+# --- what a person's module keeps in tables ---
+
+TABLES = """
+import functools
+
+import torch
+from torch import nn
+
+
+def double(x):
+    return x * 2
+
+
+class Half:
+    def __call__(self, x):
+        return x / 2
+
+
+def times(factor):
+    return lambda x: x * factor
+
+
+def traced(function):
+    @functools.wraps(function)
+    def wrapper(x):
+        return function(x) + 1
+
+    return wrapper
+
+
+@traced
+def wrapped(x):
+    return x
+
+
+@functools.cache
+def kept(x):
+    return 5 * x
+
+
+class Slots:
+    __slots__ = ("x",)
+
+
+ACTS = {"double": double, "half": Half, "thrice": lambda x: x * 3, "more": [times(4)], "object": Half(), "slots": Slots()}
+NAMES = {"a", "b", "c", "d", "e"}
+SHIFT = torch.tensor([1.0, 2.0])
+
+
+class Tables(nn.Module):
+    own = {"scaled": times(6)}
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        self.table = {"double": double, 1: "a"}
+        self.method = self.other
+
+    def other(self, x):
+        return x
+
+    def forward(self, x):
+        y = ACTS["thrice"](self.body(x)) + SHIFT + kept(1) * len(NAMES)
+        return self.own["scaled"](wrapped(y))
+"""
+
+PRINT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from limbeck.models import architecture_sha256
+from limbeck.models._python import find_callable
+
+module = find_callable("tables.py:Tables", Path(sys.argv[1]), "teacher")[0]()
+print(architecture_sha256(module))
+"""
+
+
+def tables(folder: Path, old: str = "", new: str = "") -> str:
+    folder.mkdir()
+    assert old in TABLES
+    (folder / "tables.py").write_text(TABLES.replace(old, new), encoding="utf-8")
+    from limbeck.models._python import find_callable
+
+    return architecture_sha256(find_callable("tables.py:Tables", folder, "teacher")[0]())
+
+
+def test_tables_of_functions_are_the_same_in_every_process(tmp_path: Path) -> None:
+    """Neither an address nor the order of a set, which a process draws anew, is part of who a teacher is."""
+    found = {tables(tmp_path / "a")}
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / "src")}
+        command = [sys.executable, "-c", PRINT, str(tmp_path / "a")]
+        found.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return x * 2", "return x * 7"),
+        ("return x / 2", "return x / 7"),
+        ('"thrice": lambda x: x * 3', '"thrice": lambda x: x * 7'),
+        ("[times(4)]", "[times(7)]"),
+        ('"double": double, "half"', '"double": times(2), "half"'),
+        ('"double": double, "half": Half', '"double": Half, "half": double'),
+        ("function(x) + 1", "function(x) + 7"),
+        ("return 5 * x", "return 7 * x"),
+        ('"d", "e"}', '"d", "f"}'),
+        ("tensor([1.0, 2.0])", "tensor([1.0, 7.0])"),
+        ('own = {"scaled": times(6)}', 'own = {"scaled": times(7)}'),
+        ("return lambda x: x * factor", "return lambda x: x * factor * 7"),
+        ('"double": double, 1: "a"', '"double": double, "1": "a"'),
+        ("self.method = self.other", "self.method = self.forward"),
+    ],
+)
+def test_tables_of_other_functions_are_another_teacher(tmp_path: Path, old: str, new: str) -> None:
+    assert tables(tmp_path / "a") != tables(tmp_path / "b", old, new)
+
+
+def test_functions_without_source_are_told_apart() -> None:
+    found = set()
+    for factor in (2, 3):
+        space: dict[str, Any] = {"nn": nn, "__name__": "typed"}
+        exec(f"class Typed(nn.Module):\n    def forward(self, x):\n        return x * {factor}\n", space)
+        found.add(architecture_sha256(space["Typed"]()))
+    assert len(found) == 2
+
+
+IMPORTS: dict[str, tuple[str, bool]] = {
+    "libraries": ("import math, torch\nfrom torch import nn\nimport torch.nn.functional as F\nfrom numpy import pi", True),
+    "a neighbour": ("from blocks import Block", False),
+    "a neighbour inside a function": ("def f():\n    import blocks", False),
+    "a neighbouring package": ("import package.inner", False),
+    "a neighbour with a library's name": ("import numpy", False),
+    "a relative import": ("from . import blocks", False),
+    "what is not there": ("import nothing_of_that_name", False),
+    "a name made at run time": ("import importlib\nblocks = importlib.import_module('bl' + 'ocks')", False),
+    "a builtin": ("blocks = __import__('blocks')", False),
+    "code made at run time": ("exec(open('blocks.py').read())", False),
+    "another path": ("import sys\nsys.path.append('..')\nimport torch", False),
+    "torch's own words": ("import torch\nmodel = torch.compile(torch.nn.Linear(1, 1)).eval()", True),
+    "no Python": ("import (", False),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_what_a_saved_file_may_import_to_be_known_by_itself(tmp_path: Path, name: str) -> None:
+    """Its neighbours lie in the folder that it came from, beside which there is only the copy of the file."""
+    text, alone = IMPORTS[name]
+    home, saved = tmp_path / "home", tmp_path / "saved"
+    for folder in (home / "package", saved):
+        folder.mkdir(parents=True)
+    for file in ["blocks.py", "package/inner.py", *(["numpy.py"] if "library's" in name else [])]:
+        (home / file).write_text("")
+    (saved / "own.py").write_text(text)
+    assert _stands_alone({"file": "own.py", "imports_from": str(home)}, saved) == alone
+    assert not _stands_alone({"file": None, "module": "own", "imports_from": None}, saved)

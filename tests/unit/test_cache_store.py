@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from caching import MADE, Said, answers, contents, identity_of, make_cache, some_keys
+from caching import ABOUT, MADE, Said, answers, contents, identity_of, make_cache, some_keys
 from limbeck.cache import CacheDamaged, Reader, Request, Stored, create, default_root, fill, missing, read_manifest, row_bytes, tidy
 from limbeck.cache import _fill as filling
 from limbeck.cache import _store as store
@@ -359,3 +360,68 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         create(tmp_path / "file", identity_of(), MADE, {}, (Column("logits", "float16", (3,)),))
+
+
+@pytest.mark.parametrize("together", [1, 7])
+def test_rows_of_a_plan_are_those_of_a_dict(together: int) -> None:
+    """Keys that agree in their first word, keys that stand twice, and keys that are not there; the first row counts."""
+    rng = np.random.default_rng(4)
+    keys = some_keys(200, 1, together)
+    keys = np.concatenate([keys, keys[:50]])[rng.permutation(250)]
+    others = some_keys(30, 2)
+    others[:20, 0] = keys[:20, 0]
+    others[-1] = np.iinfo(np.uint64).max
+    wanted = np.concatenate([keys, others])[rng.permutation(280)]
+    place: dict[tuple[int, int], int] = {}
+    for row, (high, low) in enumerate(keys.tolist()):
+        place.setdefault((high, low), row)
+    assert filling._rows_of(wanted, keys).tolist() == [place.get((a, b), -1) for a, b in wanted.tolist()]
+    assert filling._rows_of(keys[:0], keys).tolist() == []
+    assert filling._rows_of(keys[:2], keys[:0]).tolist() == [-1, -1]
+
+
+def test_a_plan_of_many_rows_takes_little_memory() -> None:
+    """A mapping of tuples would take 200 bytes a key, and a set of them as much again."""
+    keys = some_keys(100_000)
+    tracemalloc.start()
+    try:
+        filling._rows_of(keys[::-1], keys)
+        assert tracemalloc.get_traced_memory()[1] < 120 * len(keys)
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_that_were_taken_out_meanwhile(tmp_path: Path) -> None:
+    """They were there when it was counted, and are not when they are read: never a row of another sample."""
+    keys = some_keys(12)
+    folder, _ = make_cache(tmp_path, keys[:9])
+    reader = Reader(folder)
+    parts, rows = reader.locate(keys, 0)
+    assert (parts < 0).sum() == 3
+    with pytest.raises(CacheDamaged, match="lacks rows that were there"):
+        reader.gather("logits", parts, rows)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, wait: bool) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("limbeck.cache._manifest.fcntl.flock", flock)
+    with pytest.raises(UsageError, match="on a file system without locks"), locked(tmp_path / "lock", wait=wait):
+        pytest.fail("nothing may be written")
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        make_cache(tmp_path, some_keys(4))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_who_adopts_a_directory_brings_its_own_names(tmp_path: Path) -> None:
+    """Filled by an object: from now on it is known by files, and these name the classes; a later object changes nothing."""
+    columns = Stored(3).columns
+    of_object = {**ABOUT, "classes": ["a", "b", "c"]}
+    of_files = {**ABOUT, "model": "files", "sources": {"kind": "hf"}, "classes": ["c", "a", "b"], "class_ids": ["n3", "n1", "n2"]}
+    create(tmp_path, identity_of(), MADE, of_object, columns)
+    assert create(tmp_path, identity_of(), MADE, of_files, columns)[1].about == of_files
+    for later in (of_object, {**of_files, "sources": {"kind": "run"}, "classes": None}):
+        assert create(tmp_path, identity_of(), MADE, later, columns)[1].about == of_files

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from limbeck._teaching import engine_of_teacher
+from limbeck._asking import engine_of_teacher
 from limbeck.reading import build_recipe
 
 

@@ -15,7 +15,7 @@ from limbeck.errors import LimbeckError
 from limbeck.randomness import uniform
 from limbeck.types import Signal, SparseLogits
 
-__all__ = ["Sparse", "Stored", "sparse_of"]
+__all__ = ["Sparse", "Stored", "sparse_differences", "sparse_of"]
 
 Keys = npt.NDArray[np.uint64]
 Floats = npt.NDArray[Any]
@@ -150,3 +150,63 @@ def sparse_of(logits: Floats, spec: Sparse, keys: Keys, view: int) -> tuple[npt.
             index[row, spec.top :] = np.minimum(found, np.searchsorted(running[row], running[row, -1], side="left"))
         weight[:, spec.top :] = rest / spec.samples
     return index, weight, entropy.astype(np.float32)
+
+
+_NOTHING = -60.0  # log of a mass that a float32 does not tell well from none
+_ROUNDING = 1e-5
+
+
+def sparse_differences(
+    index: npt.NDArray[np.int64], weight: Floats, entropy: Floats, logits: Floats, spec: Sparse, keys: Keys, view: int, shift: float
+) -> dict[str, tuple[Floats, Floats]]:
+    """How far what :func:`sparse_of` gave, ``(N, M)``, ``(N, M)`` and ``(N,)``, is from a teacher's logits ``(N, C)``, float64: of each row
+    ``(difference, allowed)``, ``(N,)`` both.
+
+    Another rounding of the logits, by at most ``shift``, may swap classes that are nearly tied, and move a draw to the next class; so classes are not
+    compared, but what they stand for. By at most 2 shift / T may move: the log of a class's share and of the rest's, by how much a class that was
+    left out is more probable than one that was kept, and the log odds of the rest's cumulative share, of which the drawn class's part must hold
+    the place that was drawn.
+    """
+    (rows, classes), moved = logits.shape, 2 * shift / spec.temperature
+    inside = index < classes
+    if not inside.all():
+        return {"numbers of classes": (np.where(inside, 0, index - classes + 1).max(1).astype(np.float64), np.full(rows, 0.5))}
+    scaled = logits / spec.temperature
+    log_p = scaled - scaled.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    share, stored = np.maximum(np.take_along_axis(log_p, index, 1), _NOTHING), _log(weight)
+    log_bound = np.full(rows, moved + _ROUNDING)
+    h = -(np.exp(log_p) * np.maximum(log_p, -1e4)).sum(1)
+    found = {"entropies": (np.abs(entropy - h), np.expm1(moved) * h + np.exp(moved) * moved + _ROUNDING * (1 + h))}
+    top = classes if spec.entries >= classes else spec.top
+    if top:
+        found["shares of the most probable classes"] = (np.abs(stored - share)[:, :top].max(1), log_bound)
+    if top == classes:
+        return found
+    tail = log_p.copy()
+    np.put_along_axis(tail, index[:, :top], -np.inf, 1)
+    if top:
+        found["most probable classes"] = (np.maximum(tail.max(1), _NOTHING) - share[:, :top].min(1), log_bound)
+    if spec.samples:
+        mass = np.exp(tail)
+        rest = mass.sum(1, keepdims=True)
+        found["shares of the rest"] = (np.abs(stored[:, top:] - _log(rest / spec.samples)).max(1), log_bound)
+        until = np.cumsum(mass, 1) / np.maximum(rest, np.exp(_NOTHING))
+        drawn = index[:, top:]
+        upper = np.take_along_axis(until, drawn, 1)
+        lower = np.where(drawn > 0, np.take_along_axis(until, np.maximum(drawn - 1, 0), 1), 0.0)
+        at = _log_odds((np.arange(spec.samples) + uniform(keys, spec.samples, "sparse", view)) / spec.samples)
+        beside = np.maximum(np.maximum(_log_odds(lower) - at, at - _log_odds(upper)), 0.0)
+        found["places of the drawn classes"] = (np.where(rest > np.exp(_NOTHING), beside, 0.0).max(1), log_bound)
+    return found
+
+
+def _log(mass: Floats) -> Floats:
+    found: Floats = np.log(np.maximum(mass.astype(np.float64), np.exp(_NOTHING)))
+    return found
+
+
+def _log_odds(share: Floats) -> Floats:
+    inside: Floats = np.clip(share, 1e-6, 1 - 1e-6)  # nearer to an end the sum's own rounding counts
+    odds: Floats = np.log(inside) - np.log1p(-inside)
+    return odds

@@ -107,8 +107,9 @@ def create(
             write_manifest(folder, Manifest(identity, made, about, columns))
         manifest = read_manifest(folder)
         if manifest.about.get("sources") is None and about.get("sources") is not None:
-            # it was filled by a teacher that had just been trained, or was an object; from now on it is known by its files
-            manifest = replace(manifest, about={**manifest.about, "sources": about["sources"]})
+            # it was filled by a teacher that had just been trained, or was an object; from now on it is known by its files, and so by the names
+            # that these give to its classes: who is recognised by them is told the rest of what stands beside them
+            manifest = replace(manifest, about=about)
             write_manifest(folder, manifest)
     if manifest.columns != columns:
         there, here = (", ".join(f"{c.name} {c.dtype}{list(c.shape)}" for c in cs) for cs in (manifest.columns, columns))

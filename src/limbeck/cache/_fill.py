@@ -94,35 +94,33 @@ def fill(
     manifest = read_manifest(folder)
     with _threads(int(manifest.made["threads"])):
         for request in requests:
-            for plan in _plans(folder, request):
-                rows = _rows_of(plan, request)
+            for plan, rows in _plans(folder, request):
                 _follow(folder, plan, rows, request, ask, int(manifest.made["block"]), tick, between)
     tidy(folder)
 
 
-def _plans(folder: Path, request: Request) -> Iterator[_Plan]:
-    """Plans that others began and this process can follow; where there are none, one for what is missing; until nothing is.
+def _plans(folder: Path, request: Request) -> Iterator[tuple[_Plan, Int64]]:
+    """Plans that others began and this process can follow, and the split's rows of their keys; where there are none, one for what is missing;
+    until nothing is.
 
     A plan that is given back here is followed to its end, where its file goes, before the next one is looked for.
     """
-    known: set[tuple[int, int]] = set()
     made: list[str] = []
     while True:
         with locked(folder / ".lock"):  # no part is committed, and no plan made, between looking and planning
             found = [p for p in map(read_plan, sorted(folder.glob("plan-*"))) if p is not None and p.view == request.view]
-            known = known or ({(int(a), int(b)) for a, b in request.keys} if found else set())
-            plans = [p for p in found if all((int(a), int(b)) in known for a, b in p.keys)]
+            plans = [(plan, rows) for plan, rows in ((p, _rows_of(p.keys, request.keys)) for p in found) if (rows >= 0).all()]
             if not plans:
                 manifest = read_manifest(folder)
                 rows = missing(Reader(folder, manifest), request)
                 if not len(rows):
                     return
-                plans = [_make_plan(request.view, request.keys[rows], manifest)]
-                made.append(plans[0].name)
-                if made.count(plans[0].name) > 3:  # a repair meanwhile may take parts out, but not again and again
+                plan = _make_plan(request.view, request.keys[rows], manifest)
+                made.append(plan.name)
+                if made.count(plan.name) > 3:  # a repair meanwhile may take parts out, but not again and again
                     raise RuntimeError(f"{len(rows)} rows of {folder} are not found after they were written")
-                data = save({"keys": plans[0].keys}, {"plan": f"{plans[0].view},{plans[0].rows_of_part}"})
-                write_atomic(folder / f"plan-{plans[0].name}", data)
+                write_atomic(folder / f"plan-{plan.name}", save({"keys": plan.keys}, {"plan": f"{plan.view},{plan.rows_of_part}"}))
+                plans = [(plan, rows)]
         yield from plans
 
 
@@ -151,11 +149,22 @@ def read_plan(path: Path) -> _Plan | None:
     return _Plan(name, view, keys, rows_of_part) if path.name == f"plan-{name}" else None
 
 
-def _rows_of(plan: _Plan, request: Request) -> Int64:
-    """The split's row of each key of a plan."""
-    order = np.lexsort((request.keys[:, 1], request.keys[:, 0]))
-    place = {(int(a), int(b)): int(i) for i, (a, b) in zip(order[::-1], request.keys[order[::-1]], strict=True)}
-    return np.array([place[int(a), int(b)] for a, b in plan.keys], dtype=np.int64)
+def _rows_of(wanted: Keys, keys: Keys) -> Int64:
+    """The first row of ``keys``, ``(N, 2)``, that is each of ``wanted``, ``(M, 2)``; -1 where there is none. Arrays alone: a mapping of tuples takes
+    200 bytes a key."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first row of the split comes first
+    high, low = keys[order, 0], keys[order, 1]
+    at = np.searchsorted(high, wanted[:, 0])
+    rows = np.full(len(wanted), -1, dtype=np.int64)
+    open_ = np.flatnonzero(at < len(keys))
+    while len(open_):  # once, but for keys that agree in their first word
+        place = at[open_]
+        same = high[place] == wanted[open_, 0]
+        hit = same & (low[place] == wanted[open_, 1])
+        rows[open_[hit]] = order[place[hit]]
+        at[open_] += 1
+        open_ = open_[same & ~hit & (place + 1 < len(keys))]
+    return rows
 
 
 def _follow(

@@ -181,7 +181,7 @@ def _short(value: Any) -> str:
 @contextmanager
 def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock on ``file`` while the block runs; it is released when the process dies. Gives False where another holds it and ``wait`` is
-    False. Where the file system has no locks it gives True: then work may be done twice, with the same bytes."""
+    False. Raises: UsageError where the file system has no locks (ENOLCK, ENOTSUP, ENOSYS): two writers would undo one another's manifest."""
     descriptor = _opened(file)
     try:
         try:
@@ -189,8 +189,10 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
             held = True
         except BlockingIOError:
             held = False
-        except OSError:
-            held = True
+        except OSError as e:
+            text = f"{file.parent} is on a file system without locks ({e.strerror}), where two writers could disturb one another."
+            hint = "Name a folder on another one ($LIMBECK_CACHE where no path is named), or mode: off."
+            raise UsageError(Problem("teacher_cache.path", text, hint)) from e
         yield held
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,24 @@ class TableTeacher:
         self.test = None if of_test is None else table[of_test].astype(np.float64)
 
     def _read(self, data: Data) -> tuple[npt.NDArray[Any], Int64, Int64 | None]:
-        if self.path.suffix == ".npy":
-            try:
-                table = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, EOFError) as e:
-                raise UsageError(Problem(WHERE, f"{self.path} cannot be read as .npy: {str(e).splitlines()[0]}")) from None
-            count = len(data.train.source)
-            if table.ndim != 2 or table.dtype.kind != "f" or len(table) != count:
-                wanted = f"floats of ({count}, classes) are wanted, one row for each row of the training data"
-                text = f"{self.path} holds {table.dtype} of {table.shape}; {wanted}."
-                raise UsageError(Problem(WHERE, text, "Rows in another order go into a .parquet file with a column id or row."))
-            return table, data.train.rows, None
-        if self.path.suffix != ".parquet":
-            raise UsageError(Problem(WHERE, f"got {self.path.name}; a .npy or a .parquet file is wanted."))
-        return self._parquet(data)
+        if self.path.suffix not in (".npy", ".parquet"):
+            raise self._wrong(f"got {self.path.name}; a .npy or a .parquet file is wanted.")
+        return self._npy(data) if self.path.suffix == ".npy" else self._parquet(data)
+
+    def _wrong(self, text: str, hint: str = "") -> UsageError:
+        return UsageError(Problem(WHERE, text, hint))
+
+    def _npy(self, data: Data) -> tuple[npt.NDArray[Any], Int64, None]:
+        try:
+            table = np.lib.format.open_memmap(self.path, mode="r")  # never a pickle, and nothing but .npy
+        except Exception as e:  # NumPy parses the header as Python text, and lets through what that raises
+            raise self._wrong(f"{self.path} cannot be read as .npy: {_said(e)}") from None
+        count = len(data.train.source)
+        if table.ndim != 2 or table.dtype.kind != "f" or len(table) != count or not table.shape[1]:
+            wanted = f"floats of ({count}, classes) are wanted, one row for each row of the training data"
+            text = f"{self.path} holds {table.dtype} of {table.shape}; {wanted}."
+            raise self._wrong(text, "Rows in another order go into a .parquet file with a column id or row.")
+        return table, data.train.rows, None
 
     def _parquet(self, data: Data) -> tuple[npt.NDArray[Any], Int64, Int64 | None]:
         import pyarrow as pa
@@ -72,44 +77,77 @@ class TableTeacher:
 
         try:
             table = pq.read_table(self.path)
-        except (pa.ArrowInvalid, OSError) as e:
-            raise UsageError(Problem(WHERE, f"{self.path} cannot be read as Parquet: {str(e).splitlines()[0]}")) from None
+        except (pa.ArrowException, OSError) as e:
+            raise self._wrong(f"{self.path} cannot be read as Parquet: {_said(e)}") from None
         names = table.column_names
-        if "logits" not in names or not {"id", "row"} & set(names):
-            text = f"{self.path} has the columns {', '.join(names)}; logits, and id or row, are wanted."
-            raise UsageError(Problem(WHERE, text, nearest("logits", names)))
-        lists = table.column("logits").combine_chunks()
-        widths = np.unique(np.asarray(lists.value_lengths().to_numpy(zero_copy_only=False)))
-        if len(widths) != 1 or lists.null_count or lists.flatten().null_count:
-            raise UsageError(Problem(WHERE, f"{self.path}: every row of logits must have the same number of values, and none may be null."))
-        flat = lists.flatten().to_numpy(zero_copy_only=False)
-        if flat.dtype.kind != "f":
-            raise UsageError(Problem(WHERE, f"{self.path}: logits are {flat.dtype}; floats are wanted."))
-        logits = flat.reshape(len(lists), int(widths[0]))
-        given = (table.schema.metadata or {}).get(b"classes")
-        if given is not None:
-            self.classes = tuple(str(c) for c in json.loads(given))
-        if "id" in names:
-            keys = self._keys(table.column("id").to_pylist())
+        key = "id" if "id" in names else "row"
+        if "logits" not in names or key not in names:
+            text = f"{self.path} has the columns {', '.join(names) or 'none'}; logits, and id or row, are wanted."
+            raise self._wrong(text, nearest("logits", names))
+        twice = [name for name in ("logits", key) if names.count(name) > 1]
+        if twice:
+            raise self._wrong(f"{self.path} has more than one column {twice[0]}.")
+        if not table.num_rows:
+            raise self._wrong(f"{self.path} has no rows.")
+        logits = self._lists(table.column("logits"))
+        self._named(table.schema.metadata, logits.shape[1])
+        if key == "id":
+            keys = self._keys(table.column("id"))
             test = self._match(keys, logits, data.test.ids)
             return logits, self._match(keys, logits, data.train.ids), None if (test < 0).any() else test
-        rows = np.asarray(table.column("row").to_numpy(), dtype=np.int64)
+        given = table.column("row")
+        if not pa.types.is_integer(given.type) or given.null_count:
+            what = f"{given.null_count:,} nulls" if given.null_count else str(given.type)
+            raise self._wrong(f"{self.path}: the column row has {what}; whole numbers are wanted in every row.")
+        rows = np.asarray(given.to_numpy(), dtype=np.int64)
         place = np.full(len(data.train.source), -1, dtype=np.int64)
         inside = (rows >= 0) & (rows < len(place))
         if not inside.all() or len(np.unique(rows)) != len(rows):
-            raise UsageError(
-                Problem(WHERE, f"{self.path}: the column row has numbers twice, or beyond the {len(place):,} rows of the training data.")
-            )
+            raise self._wrong(f"{self.path}: the column row has numbers twice, or beyond the {len(place):,} rows of the training data.")
         place[rows] = np.arange(len(rows))
         return logits, place[data.train.rows], None
 
-    def _keys(self, ids: list[Any]) -> Keys:
+    def _lists(self, column: Any) -> npt.NDArray[Any]:
+        """``(N, C)`` of a column of lists."""
+        import pyarrow as pa
+
+        kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        if not any(is_kind(column.type) for is_kind in kinds) or not pa.types.is_floating(column.type.value_type):
+            raise self._wrong(f"{self.path}: the column logits has {column.type}; lists of floats are wanted.")
+        widths = np.unique(np.concatenate([c.value_lengths().to_numpy(zero_copy_only=False) for c in column.chunks]))
+        if column.null_count or len(widths) != 1 or not widths[0] or any(c.flatten().null_count for c in column.chunks):
+            raise self._wrong(f"{self.path}: every row of logits must have the same number of values, at least one, and none may be null.")
+        flat = np.concatenate([c.flatten().to_numpy(zero_copy_only=False) for c in column.chunks])
+        return flat.reshape(len(column), int(widths[0]))
+
+    def _named(self, metadata: dict[bytes, bytes] | None, width: int) -> None:
+        """The classes that the file names."""
+        given = (metadata or {}).get(b"classes")
+        if given is None:
+            return
         try:
-            raw = b"".join(bytes.fromhex(str(i)) for i in ids)
-            return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(len(ids), 2)
-        except ValueError:
-            text = f"{self.path}: the column id does not have 32 hexadecimal digits in every row."
-            raise UsageError(Problem(WHERE, text, "`limbeck label RECIPE --ids FILE.csv` writes the ids.")) from None
+            found = json.loads(given)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, list) or not all(isinstance(c, str | int) for c in found):
+            raise self._wrong(f"{self.path}: the metadata classes is {given[:60]!r}; a JSON list of names is wanted.")
+        if len(found) != width:
+            raise self._wrong(f"{self.path}: the metadata classes has {len(found)} names, and each row has {width} logits.")
+        self.classes = tuple(str(c) for c in found)
+
+    def _keys(self, column: Any) -> Keys:
+        import pyarrow as pa
+
+        text = f"{self.path}: the column id does not have 32 hexadecimal digits in every row"
+        hint = "`limbeck label RECIPE --ids FILE.csv` writes the ids."
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+            raise self._wrong(f"{text}, but {column.type}.", hint)
+        ids = column.to_pylist()
+        bad = next((row for row, i in enumerate(ids) if i is None or re.fullmatch("[0-9a-fA-F]{32}", i) is None), None)
+        if bad is not None:
+            raise self._wrong(f"{text}: row {bad} has {ids[bad]!r}.", hint)
+        return np.frombuffer(bytes.fromhex("".join(ids)), dtype=">u8").astype(np.uint64).reshape(len(ids), 2)
 
     def _match(self, keys: Keys, logits: npt.NDArray[Any], wanted: Keys) -> Int64:
         """The file's row of each wanted id, -1 where there is none; the same id twice must say the same."""
@@ -132,7 +170,8 @@ class TableTeacher:
         for start in range(0, len(self._rows), step):
             rows = self._rows[start : start + step]
             piece = np.asarray(self._logits[rows])
-            bad = np.flatnonzero(~(np.isfinite(piece) | (piece == -np.inf)).all(axis=1))
+            finite = np.isfinite(piece)
+            bad = np.flatnonzero(~(finite | (piece == -np.inf)).all(axis=1) | ~finite.any(axis=1))  # of a row of -inf nothing can be told
             if len(bad):
                 high, low = data.train.ids[start + bad[0]].tolist()
                 raise UsageError(
@@ -149,6 +188,10 @@ class TableTeacher:
         if self.columns is not None:
             logits = logits[:, self.columns]
         return Signal(torch.from_numpy(np.ascontiguousarray(logits)).to(self.device))
+
+
+def _said(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def write_ids(data: Data, file: Path) -> int:

@@ -10,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from limbeck.cache._codec import Stored
+from limbeck.cache._codec import Sparse, Stored, sparse_differences
 from limbeck.cache._store import Reader
 from limbeck.errors import LimbeckError, UsageError
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["CachedTeacher", "compare"]
 
+Keys = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
+Floats = npt.NDArray[Any]
 
 
 class CachedTeacher:
@@ -48,11 +50,12 @@ class CachedTeacher:
         return signal.to(self.device)
 
 
-def compare(told: Signal, live: Signal, *, half: bool, folder: Path, ids: npt.NDArray[np.uint64]) -> None:
+def compare(told: Signal, live: Signal, *, half: bool, folder: Path, ids: Keys, sparse: Sparse | None = None, view: int = 0) -> None:
     """Refuse a cache whose answers are not the teacher's own, beyond codec and rounding.
 
     half: the cache was filled in bf16 or fp16. The bound is relative to the largest value: 2^-9 for a codec of 16 bits and another composition of
-    the batch, 2^-3 where the teacher ran in half precision. Raises: UsageError.
+    the batch, 2^-3 where the teacher ran in half precision. sparse: how sparse answers to ``ids`` under ``view`` were drawn; live has the logits.
+    Raises: UsageError.
     """
     pairs = {f"layer {k}": (v, live.features[k]) for k, v in told.features.items()}
     if told.logits is not None and live.logits is not None:
@@ -62,11 +65,24 @@ def compare(told: Signal, live: Signal, *, half: bool, folder: Path, ids: npt.ND
         x, y = a.double().cpu().flatten(1), b.double().cpu().flatten(1)
         both = x.isfinite() & y.isfinite()
         difference = torch.where(both, (x - y).abs(), torch.where(x == y, 0.0, torch.inf)).amax(1)
-        scale = max(1.0, float(torch.where(both, y.abs(), 0.0).max()))
-        if float(difference.max()) > bound * scale:
-            high, low = ids[int(difference.argmax())].tolist()
-            raise UsageError(
-                f"The cache {folder} does not answer as the teacher does: the {what} differ by up to {float(difference.max()):.3g} "
-                f"(sample {high:016x}{low:016x}; {len(ids)} were compared, {bound * scale:.3g} is allowed). "
-                "The teacher computes something else than when it was asked: name another teacher_cache.path, or remove this one (limbeck cache rm)."
-            )
+        allowed = bound * max(1.0, float(torch.where(both, y.abs(), 0.0).max()))
+        _refuse_other(what, difference.numpy(), allowed, folder, ids)
+    if told.sparse is not None and live.logits is not None and sparse is not None:
+        logits = live.logits.double().cpu().numpy()
+        entries = (told.sparse.index.cpu().numpy(), told.sparse.weight.double().cpu().numpy(), told.sparse.entropy.double().cpu().numpy())
+        shift = bound * max(1.0, float(np.abs(logits).max()))
+        for what, (moved, of_each) in sparse_differences(*entries, logits, sparse, ids, view, shift).items():
+            _refuse_other(what, moved, of_each, folder, ids)
+
+
+def _refuse_other(what: str, difference: Floats, allowed: Floats | float, folder: Path, ids: Keys) -> None:
+    """difference: ``(N,)`` of each row; allowed: of each, or of all."""
+    excess = np.where(np.isnan(difference), np.inf, difference) / allowed
+    worst = int(excess.argmax())
+    if excess[worst] > 1:
+        high, low = ids[worst].tolist()
+        raise UsageError(
+            f"The cache {folder} does not answer as the teacher does: the {what} differ by up to {float(difference[worst]):.3g} "
+            f"(sample {high:016x}{low:016x}; {len(ids)} were compared, {float(np.broadcast_to(allowed, excess.shape)[worst]):.3g} is allowed). "
+            "The teacher computes something else than when it was asked: name another teacher_cache.path, or remove this one (limbeck cache rm)."
+        )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
+from importlib.machinery import all_suffixes
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from limbeck.models._model import state_hash
 from limbeck.models._names import parse_name
 from limbeck.models._saved import read_about
 from limbeck.run import file_sha256
@@ -31,6 +37,8 @@ _LIBRARIES = {"torch", "torchvision", "timm", "transformers", "builtins"}
 _CONFIG_ASIDE = {"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id", "architectures"}
 _MODULE = frozenset(vars(nn.Module()))
 _FROM_FILE = re.compile(r"^limbeck_user_(.+)_[0-9a-f]{16}$")
+_RUNS_MORE = {"importlib", "imp", "runpy", "pkgutil", "__import__", "exec", "eval", "compile"}
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _READ = {".json", ".safetensors", ".txt", ".model"}
 
 
@@ -73,27 +81,38 @@ def _settings(part: nn.Module, source: _Source) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any, source: _Source, depth: int = 4) -> Any:
-    """JSON of a setting. Raises TypeError where it is none."""
+def _no_setting(value: Any) -> Any:
+    raise TypeError
+
+
+def _plain(value: Any, source: _Source, depth: int = 4, other: Callable[[Any], Any] = _no_setting) -> Any:
+    """JSON of a setting, the same in every process: functions and classes by name, their source goes into ``source``. other: what is said of
+    everything else. Raises TypeError where it is no setting."""
+
+    def inner(value: Any) -> Any:
+        return _plain(value, source, depth - 1, other)
+
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.dtype | torch.device | Enum):
         return str(value)
     if depth and isinstance(value, tuple | list):
-        return [_plain(v, source, depth - 1) for v in value]
+        return [inner(v) for v in value]
     if depth and isinstance(value, set | frozenset):
-        return sorted(str(_plain(v, source, depth - 1)) for v in value)
+        return sorted(str(inner(v)) for v in value)
     if depth and isinstance(value, dict):
-        return {str(k): _plain(v, source, depth - 1) for k, v in value.items()}
+        return [[inner(k), inner(v)] for k, v in value.items()]
     if depth and isinstance(value, partial):
-        return [_plain(v, source, depth - 1) for v in (value.func, value.args, value.keywords)]
+        return [inner(v) for v in (value.func, value.args, value.keywords)]
+    if isinstance(value, MethodType):
+        source.add(value.__func__)
+        return [f"{_home(value)}.{value.__qualname__}", f"{_home(type(value.__self__))}.{type(value.__self__).__qualname__}"]
     if isinstance(value, FunctionType | BuiltinFunctionType | type):
         source.add(value)
         return f"{_home(value)}.{value.__qualname__}"
     if depth and not isinstance(value, Tensor | nn.Module) and not _is_library(type(value).__module__) and hasattr(value, "__dict__"):
-        kept = {k: _plain(v, source, depth - 1) for k, v in vars(value).items()}
-        return [f"{_home(type(value))}.{type(value).__qualname__}", kept]
-    raise TypeError
+        return [f"{_home(type(value))}.{type(value).__qualname__}", [[k, inner(v)] for k, v in vars(value).items()]]
+    return other(value)
 
 
 def _home(thing: Any) -> str:
@@ -110,51 +129,108 @@ class _Source:
     """The source of classes and functions that are no library's, and of what they name: a helper function is part of what a model does."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str], str] = {}
+        self._found: set[tuple[str, str, str]] = set()
+        self._seen: dict[int, Any] = {}  # by address; what is kept alive gives its address to nothing else
 
     def text(self) -> str:
-        return "\x1e".join(f"{home}.{name}\x1f{source}" for (home, name), source in sorted(self._found.items()))
+        return "\x1e".join(f"{home}.{name}\x1f{source}" for home, name, source in sorted(self._found))
 
     def add(self, thing: Any) -> None:
-        """thing: a class or a function."""
-        module = str(getattr(thing, "__module__", ""))
-        key = (_home(thing), str(getattr(thing, "__qualname__", "")))
-        if _is_library(module) or key in self._found:
+        """thing: a class or a function; of the same name there may be several."""
+        if _is_library(str(getattr(thing, "__module__", ""))) or id(thing) in self._seen:
             return
-        try:
-            self._found[key] = inspect.getsource(thing)
-        except (OSError, TypeError):  # typed in, or made at run time
-            self._found[key] = ""
+        self._seen[id(thing)] = thing
+        functions = self._functions(thing)
+        for part in [thing] if isinstance(thing, type) else functions:
+            text = _text(part)
+            self._found.add((_home(thing), str(getattr(thing, "__qualname__", "")), text))
+            if not text:  # a class that was typed in, or made at run time
+                for function in functions:
+                    self.add(function)
         if isinstance(thing, type):
             for base in thing.__mro__[1:]:
                 self.add(base)
-        for function in self._functions(thing):
+            for name, value in vars(thing).items():
+                if isinstance(value, dict | list | tuple | set | frozenset) and not name.startswith("__"):
+                    self._value(_home(thing), f"{thing.__qualname__}.{name} =", value)
+        for function in functions:
             self._named(function)
 
     @staticmethod
     def _functions(thing: Any) -> list[FunctionType]:
-        if not isinstance(thing, type):
-            found = [inspect.unwrap(thing)]
-        else:
-            found = [
-                inspect.unwrap(getattr(v, "fget", None) or getattr(v, "__func__", v))
-                for v in vars(thing).values()
-                if not isinstance(v, type)
-            ]
-        return [f for f in found if isinstance(f, FunctionType)]
+        """Those of a person: a function and what it wraps, or all of a class."""
+        open_ = [v for v in vars(thing).values() if not isinstance(v, type)] if isinstance(thing, type) else [thing]
+        found: list[FunctionType] = []
+        while open_:
+            value = open_.pop(0)
+            open_ += [v for v in (getattr(value, a, None) for a in ("fget", "fset", "__func__", "__wrapped__")) if v is not None]
+            if isinstance(value, FunctionType) and not _is_library(value.__globals__.get("__name__")):
+                found.append(value)
+        return list({id(f): f for f in found}.values())
 
     def _named(self, function: FunctionType) -> None:
+        home = _FROM_FILE.sub(r"\1", str(function.__globals__.get("__name__")))
         for name in sorted(_names(function.__code__)):
             value = function.__globals__.get(name)
             if isinstance(value, FunctionType | type):
                 if not _is_installed(value.__module__):
                     self.add(value)
             elif isinstance(value, ModuleType):
-                file = getattr(value, "__file__", None)
-                if file is not None and not _is_installed(value.__name__) and Path(file).is_file():
-                    self._found[(_FROM_FILE.sub(r"\1", value.__name__), "")] = file_sha256(Path(file))
-            elif isinstance(value, bool | int | float | str | tuple | list | dict):
-                self._found[(_home(function), f"{name} =")] = repr(value)
+                self._module(value)
+            elif value is not None:
+                self._value(home, f"{name} =", value)
+        held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # an empty one has no contents
+        if held or function.__defaults__ or function.__kwdefaults__:
+            self._value(home, f"{function.__qualname__} with", [held, function.__defaults__, function.__kwdefaults__])
+
+    def _value(self, home: str, name: str, value: Any) -> None:
+        """What a name stands for, to the depth to which people nest."""
+        self._found.add((home, name, json.dumps(_plain(value, self, 12, self._described))))
+
+    def _module(self, module: ModuleType) -> None:
+        file = getattr(module, "__file__", None)
+        if file is not None and not _is_installed(module.__name__) and Path(file).is_file():
+            self._found.add((_FROM_FILE.sub(r"\1", module.__name__), "", file_sha256(Path(file))))
+
+    def _described(self, value: Any) -> Any:
+        """What can be said of anything: the values of arrays, else what it says of itself, without where it lies in memory."""
+        kind = f"{_home(type(value))}.{type(value).__qualname__}"
+        if isinstance(value, ModuleType):
+            self._module(value)
+            return _FROM_FILE.sub(r"\1", value.__name__)
+        if isinstance(value, Tensor):
+            return [kind, list(value.shape), state_hash(_Held(value))]
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+        if hasattr(value, "__wrapped__"):  # as functools.cache leaves a function
+            self.add(value)
+        weights = state_hash(value) if isinstance(value, nn.Module) else ""
+        try:
+            said = "" if isinstance(value, dict | list | tuple | set | frozenset) else repr(value)
+        except Exception:  # a person's own repr may want what is not there yet
+            said = ""
+        return [kind, weights, _ADDRESS.sub("", said)]
+
+
+class _Held(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach())
+
+
+def _text(thing: Any) -> str:
+    """The source of a class or function; of a function that has none what it was compiled to, and nothing of such a class."""
+    try:
+        return inspect.getsource(thing if isinstance(thing, type) else thing.__code__)
+    except (OSError, TypeError, SyntaxError):
+        return "" if isinstance(thing, type) else _compiled(thing.__code__)
+
+
+def _compiled(code: CodeType) -> str:
+    constants = [
+        _compiled(c) if isinstance(c, CodeType) else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in code.co_consts
+    ]
+    return f"{code.co_code.hex()} {constants} {code.co_names} {code.co_varnames}"
 
 
 def _names(code: CodeType) -> set[str]:
@@ -185,6 +261,45 @@ def normalised_by_data(preprocessing: Preprocessing, data: Data) -> bool:
     return preprocessing.mean == mean and preprocessing.std == tuple(s if s > 0 else 1.0 for s in std)
 
 
+def _stands_alone(build: dict[str, Any], folder: Path) -> bool:
+    """Whether the file beside a saved model is all of its source that is not installed: it imports libraries alone, and nothing by a name that is
+    made at run time."""
+    if not build.get("file"):
+        return False
+    nearby = [folder, *([Path(build["imports_from"])] if build.get("imports_from") else [])]
+    try:
+        tree = ast.parse((folder / build["file"]).read_bytes())
+    except (SyntaxError, ValueError):
+        return False
+    wanted: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            wanted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            wanted.add(node.module if node.module and not node.level else "")
+        elif isinstance(node, ast.Name):
+            wanted |= {node.id} & _RUNS_MORE
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
+            return False
+    return all(_is_installed_name(name.partition(".")[0], nearby) for name in wanted)
+
+
+def _is_installed_name(top: str, nearby: list[Path]) -> bool:
+    """Whether importing this name gives what was installed, and no neighbour of the same name. top: empty for a neighbour."""
+    if not top or top in _RUNS_MORE:
+        return False
+    if any((place / top).is_dir() or any((place / f"{top}{s}").exists() for s in all_suffixes()) for place in nearby):
+        return False
+    if top in _LIBRARIES or top in sys.stdlib_module_names:
+        return True
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    places = [] if spec is None else [p for p in (spec.origin, *(spec.submodule_search_locations or ())) if p]
+    return bool(places) and all("site-packages" in p or "dist-packages" in p for p in places)
+
+
 def sources(spec: ModelSpec, *, data: Data, base: Path, max_length: int) -> tuple[dict[str, Any], tuple[str, ...] | None, list[str]] | None:
     """What a named teacher is made from, without loading it: (facts, its classes, notes); None where it has to be loaded to be known.
 
@@ -206,8 +321,8 @@ def sources(spec: ModelSpec, *, data: Data, base: Path, max_length: int) -> tupl
         return None
     if name.kind == "run" and name.path is not None and spec.weights is None:
         about, folder = read_about(name.path, "teacher.model", weights_may_be_gone=True)
-        if about["kind"] == "python" and not about["build"].get("file"):
-            return None  # its source lies in a module somewhere, and may have changed
+        if about["kind"] == "python" and not _stands_alone(about["build"], folder):
+            return None  # some of its source lies in a module somewhere, and may have changed
         facts["record"] = {k: about[k] for k in ("kind", "num_classes", "dtype", "weights_sha256")}
         facts["record"]["build"] = {k: v for k, v in about["build"].items() if k not in ("imports_from", "module")}
         kept = {**about["preprocessing"]}
