@@ -87,18 +87,22 @@ MUTANTS = (
     Mutant(
         "mask-dropped",
         "objective.py",
-        'samples = batch.labelled if "labels" in self.entry.reads else batch.mask',
-        'samples = batch.labelled if "labels" in self.entry.reads else torch.ones_like(batch.mask)',
+        "batch.labelled if self.of_labels else batch.mask.numpy(force=True)",
+        "batch.labelled if self.of_labels else np.ones_like(batch.mask.numpy(force=True))",
         OBJECTIVE,
     ),
-    Mutant("mask-dropped-for-labels", "types.py", "return known & self.mask", "return known", OBJECTIVE),
+    Mutant("mask-dropped-for-labels", "types.py", "known & self.mask.numpy(force=True)", "known", OBJECTIVE),
     Mutant(
-        "padding-counted", "objective.py", '& batch.student["attention_mask"].bool()', '& batch.student["attention_mask"].ge(0)', OBJECTIVE
+        "padding-counted",
+        "objective.py",
+        '["attention_mask"].numpy(force=True) != 0',
+        '["attention_mask"].numpy(force=True) >= 0',
+        OBJECTIVE,
     ),
-    Mutant("divided-by-the-microbatch", "objective.py", "/ max(counts[term.name], 1)", "/ max(len(batch), 1)", OBJECTIVE),
-    Mutant("divided-by-all-rows", "objective.py", "int(np.count_nonzero(found.numpy(force=True)))", "found.numel()", OBJECTIVE),
-    Mutant("mixed-unlabelled-as-labelled", "types.py", "self.labels.sum(-1) > 0", "self.labels.sum(-1) >= 0", OBJECTIVE),
-    Mutant("unlabelled-as-labelled", "types.py", "known = self.labels >= 0 if", "known = self.labels >= -1 if", OBJECTIVE),
+    Mutant("divided-by-the-microbatch", "objective.py", "count = max(counts[term.name], 1)", "count = max(len(batch), 1)", OBJECTIVE),
+    Mutant("divided-by-all-rows", "objective.py", "int(np.count_nonzero(found))", "found.size", OBJECTIVE),
+    Mutant("mixed-unlabelled-as-labelled", "types.py", "labels.sum(-1) > 0", "labels.sum(-1) >= 0", OBJECTIVE),
+    Mutant("unlabelled-as-labelled", "types.py", "known = labels >= 0 if", "known = labels >= -1 if", OBJECTIVE),
     Mutant("schedules-ignored", "objective.py", "return value.start * (1 - done) + value.end * done", "return value.start", OBJECTIVE),
     Mutant(
         "losses-under-autocast",
@@ -262,7 +266,7 @@ MUTANTS = (
     Mutant("dropout-without-microbatch", "loop.py", '"dropout", request.step, micro, 0)', '"dropout", request.step, 0, 0)', LOOP),
     Mutant("student-left-in-eval", "loop.py", "        state.module.train()\n", "", LOOP),
     Mutant("warm-up-ignored", "loop.py", "warm = round(settings.warmup * total)", "warm = 0", LOOP),
-    Mutant("bad-step-taken", "loop.py", "self._optimizer.found_inf = skipped.float()", "pass", LOOP),
+    Mutant("bad-step-taken", "loop.py", "return skipped.float()", "return None", LOOP),
     Mutant("bad-step-seen-too-late", "loop.py", "        self.look()\n        if not (", "        if not (", LOOP),
     Mutant("bad-step-saved", "loop.py", "    def commit() -> None:\n        watch.look()\n", "    def commit() -> None:\n", LOOP),
     Mutant(
@@ -273,7 +277,7 @@ MUTANTS = (
         ("unit/test_data_load.py::test_what_is_damaged_is_decoded_again",),
     ),
     Mutant("learning-rate-not-set", "loop.py", 'group["lr"] = lr', "pass", LOOP),
-    Mutant("weight-decay-on-biases", "loop.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', LOOP),
+    Mutant("weight-decay-on-biases", "optimizer.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', LOOP),
     Mutant("gradient-not-clipped", "loop.py", "torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)", "pass", LOOP),
     Mutant(
         "average-without-buffers",
@@ -300,8 +304,8 @@ MUTANTS = (
     Mutant(
         "objective-not-trained",
         "loop.py",
-        "optimizer = _optimizer(settings, [module, objective])",
-        "optimizer = _optimizer(settings, [module])",
+        "optimizer = make_optimizer(settings, [module, objective])",
+        "optimizer = make_optimizer(settings, [module])",
         ("unit/test_loop.py::test_a_hint_trains_its_projection_and_leaves_no_hook",),
     ),
     # --- resume

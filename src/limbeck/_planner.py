@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from limbeck._asking import block_rows, engine_of_teacher
 from limbeck._choices import student_choice
@@ -34,6 +33,7 @@ from limbeck.engine import Engine
 from limbeck.loop import Feed, Recorder, fit
 from limbeck.models import Model
 from limbeck.objective import Objective, needs_of
+from limbeck.optimizer import make_optimizer
 from limbeck.progress import Progress, resident_bytes
 from limbeck.recipe import Recipe
 from limbeck.run import NoLog, existing_parent
@@ -217,20 +217,19 @@ def _train(
     # One step for memory, which also warms everything up.
     held = {"gradients": 0, "optimizer": 0}
 
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def look() -> bool:
+        parameters = [p for m in (model.module, objective) for p in m.parameters()]
         held["gradients"] = sum(_bytes(p.grad) for p in parameters if p.grad is not None)
-        held["optimizer"] = sum(_bytes(v) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+        return False
 
     engine.place(model.module)
     engine.place(objective)
-    hook = register_optimizer_step_post_hook(look)
+    states = make_optimizer(settings, [model.module, objective]).state.values()
+    held["optimizer"] = sum(_bytes(v) for state in states for v in state.values())
+    del states
     began = _now(engine.device)
-    try:
-        with _saved(engine.device, [model.module, objective], held) as saved:
-            steps([widest], lambda: False)
-    finally:
-        hook.remove()
+    with _saved(engine.device, [model.module, objective], held) as saved:
+        steps([widest], look)
     first = _now(engine.device) - began
 
     count = int(min(_MOST, max(_LEAST, _SECONDS / max(first, 1e-6))))

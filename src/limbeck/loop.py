@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from limbeck import checkpoint
 from limbeck.data import BatchBuilder, Plan, cuts, stream
@@ -20,6 +19,7 @@ from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
 from limbeck.models import Capture, Model
 from limbeck.objective import Objective, Rows
+from limbeck.optimizer import Step, make_optimizer
 from limbeck.progress import Progress, memory_bytes
 from limbeck.randomness import seed_for
 from limbeck.ranks import ALONE, Elsewhere, Ranks
@@ -28,7 +28,7 @@ from limbeck.run import Log
 from limbeck.teacher import Teacher
 from limbeck.types import Batch, Outputs, Signal
 
-__all__ = ["Feed", "Recorder", "Trained", "decay_groups", "fit", "learning_rate"]
+__all__ = ["Feed", "Recorder", "Trained", "fit", "learning_rate"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def fit(
     plan, module = feed.plan, student.module
     engine.place(module)
     engine.place(objective)
-    optimizer = _optimizer(settings, [module, objective])
+    optimizer = make_optimizer(settings, [module, objective])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = engine.scaler()
     average = Average(module, settings.ema) if settings.ema is not None else None
@@ -116,6 +116,7 @@ def fit(
         done.resumed_from.append(found[0])
         recorder.log.write({"role": recorder.role, "step": found[0], "resumed_from": found[0]})
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
+    touch = Step(optimizer)
     began = time.perf_counter() - done.seconds
     rate = _Rate()
 
@@ -132,10 +133,10 @@ def fit(
         module.train()
         objective.train()
         compute = _Compute(student, objective, capture, engine)
-        work = ranks.replicated(compute) if ranks.size > 1 else compute
+        work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
         for request, whole in stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory):
             selection = objective.select(whole)
-            items, *counted = ranks.sum([int(whole.mask.sum()), *selection.counts.values()])
+            items, *counted = ranks.sum([len(whole) if request.counted else 0, *selection.counts.values()])
             counts = dict(zip(selection.counts, counted, strict=True))
             progress = request.step / plan.total_steps
             lr = learning_rate(settings, request.step, plan.total_steps)
@@ -152,7 +153,7 @@ def fit(
                 # After the teacher: whether it is asked, and what it draws, must not move the student's dropout.
                 engine.seed(seed_for(seed, "dropout", request.step, micro, ranks.rank))
                 rows = selection.rows(start, stop, engine.device)
-                with work.no_sync() if isinstance(work, DistributedDataParallel) and micro < len(parts) - 1 else nullcontext():
+                with work.no_sync() if ranks.size > 1 and micro < len(parts) - 1 else nullcontext():
                     share, values, logits = work(part, signal, progress, counts, rows)
                     scaler.scale(share).backward()
                 seen.append(_Seen(share.detach(), values, logits, signal.logits if signal is not None else None, part))
@@ -162,11 +163,11 @@ def fit(
             scaler.unscale_(optimizer)
             norms = _norms(parameters, engine.device)
             norm = torch.linalg.vector_norm(norms)
-            watch.judge(_Facts(request.step, whole, seen, norms), loss, norm)
+            skipped = watch.judge(_Facts(request.step, whole, seen, norms), loss, norm)
             # On a device that works behind, the norm is not known here; where it is, a gradient far below the limit would be multiplied by 1.
             if settings.clip_norm is not None and (engine.asynchronous or float(norm) > 0.999 * settings.clip_norm):
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
-            optimizer.step()
+            touch(skipped)
             scaler.update()
             if average is not None:
                 average.update(done.steps)
@@ -260,26 +261,6 @@ def learning_rate(settings: Train, step: int, total: int) -> float:
 
 def _cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
-
-
-def decay_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels; none for biases, norms and other vectors (the field's usual rule)."""
-    named = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
-    parameters = list(named.values())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def _optimizer(settings: Train, modules: list[nn.Module]) -> torch.optim.Optimizer:
-    groups = [g for g in decay_groups(modules, settings.weight_decay) if g["params"]]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov and settings.momentum > 0, fused=True
-        )
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 class Average:
@@ -453,7 +434,7 @@ class _Watch:
     """Stops a fit at the step whose loss or gradient is not finite, before the weights are touched.
 
     On a CPU it is looked at at once. On CUDA a look makes the host wait for the device, and then the device for the host. So the optimiser is told
-    there by a tensor (``found_inf``, torch's own way, made for its gradient scaler) and leaves the weights alone where that says so. The
+    there by a tensor (``found_inf`` of its kernels, made for torch's gradient scaler) and leaves the weights alone where that says so. The
     host looks one step later, when the answer has long arrived, or before anything is logged, validated or saved; what its message is made
     from is kept until then.
     """
@@ -467,14 +448,14 @@ class _Watch:
         role: str,
         ranks: Ranks,
     ) -> None:
-        self._optimizer: Any = optimizer
         self._scaler, self._engine, self._role, self._ranks = scaler, engine, role, ranks
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self._kept: tuple[_Facts, Tensor, torch.cuda.Event | None] | None = None
 
-    def judge(self, facts: _Facts, loss: Tensor, norm: Tensor) -> None:
-        """Called when the gradient of a step is there and its weights are not touched yet.
+    def judge(self, facts: _Facts, loss: Tensor, norm: Tensor) -> Tensor | None:
+        """Called when the gradient of a step is there and its weights are not touched yet. Returns, where only the device knows it, a float
+        that is 1 where the optimiser must leave them alone.
 
         Raises: NonFinite for this step, or for the one before.
         """
@@ -482,9 +463,8 @@ class _Watch:
         if not (self._engine.asynchronous or self._scaler.is_enabled()):
             if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
                 raise self._error(facts)
-            return
+            return None
         skipped = ~(loss.isfinite() & norm.isfinite())
-        self._optimizer.found_inf = skipped.float()
         bad = skipped
         if self._scaler.is_enabled():  # it tries again with half the scale, for as long as there is one
             half = self._scaler.scale(torch.ones_like(loss)) * self._scaler.get_backoff_factor()
@@ -495,6 +475,7 @@ class _Watch:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._kept = facts, told, event
+        return skipped.float()
 
     def look(self) -> None:
         """Raises: NonFinite if the last step that was judged was bad."""

@@ -28,6 +28,8 @@ __all__ = ["Objective", "Rows", "Selection", "check_terms", "needs_of", "value_a
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of captured features by module path, batch first."""
 
+Chosen = np.ndarray[Any, np.dtype[np.bool_]]
+
 Rows = Mapping[str, tuple[Tensor, ...] | None]
 """By term, where its items stand in a microbatch: the indices in each dimension, or None where everything counts."""
 
@@ -40,20 +42,20 @@ class Selection:
     chosen: bool, (B,) by sample or (B, T) by token. counts: how many of them.
     """
 
-    chosen: Mapping[str, Tensor]
+    chosen: Mapping[str, Chosen]
     counts: Mapping[str, int]
 
     def rows(self, start: int, stop: int, device: torch.device) -> Rows:
         """Of the microbatch ``start .. stop - 1``, on its device."""
         return {
-            name: None if self.counts[name] == chosen.numel() else _rows(chosen[start:stop], device) for name, chosen in self.chosen.items()
+            name: None if self.counts[name] == chosen.size else _rows(chosen[start:stop], device) for name, chosen in self.chosen.items()
         }
 
 
-def _rows(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...] | None:
-    if bool(chosen.all()):
+def _rows(chosen: Chosen, device: torch.device) -> tuple[Tensor, ...] | None:
+    if chosen.all():
         return None
-    return tuple(at.to(device, non_blocking=True) for at in chosen.nonzero(as_tuple=True))
+    return tuple(torch.from_numpy(at).to(device, non_blocking=True) for at in chosen.nonzero())
 
 
 def value_at(value: float | Schedule, progress: float) -> float:
@@ -174,11 +176,11 @@ class Objective(nn.Module):
 
         Called on the whole step, before it is cut or moved to a device; with several ranks, the counts are summed over them.
         """
-        kinds: dict[tuple[bool, bool], tuple[Tensor, int]] = {}  # most terms count the same items
+        kinds: dict[tuple[bool, bool], tuple[Chosen, int]] = {}  # most terms count the same items
         for t in self._each:
             if t.counted not in kinds:
                 found = t.selection(batch)
-                kinds[t.counted] = found, int(np.count_nonzero(found.numpy(force=True)))
+                kinds[t.counted] = found, int(np.count_nonzero(found))
         return Selection({t.name: kinds[t.counted][0] for t in self._each}, {t.name: kinds[t.counted][1] for t in self._each})
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -203,6 +205,8 @@ class Objective(nn.Module):
         Runs outside autocast, so that every loss is computed in at least float32.
         """
         parts: dict[str, Tensor] = {}
+        if rows is None:
+            rows = self.select(batch).rows(0, len(batch), student.logits.device)
         weights = [value_at(t.term.weight, progress) for t in self._each]
         # Where no term reads the logits, the head has a gradient of zero all the same, and not none: weight decay goes on.
         read = any(weight and "student.logits" in t.entry.reads for weight, t in zip(weights, self._each, strict=True))
@@ -210,11 +214,11 @@ class Objective(nn.Module):
         within = torch.is_autocast_enabled(student.logits.device.type)
         with torch.autocast(student.logits.device.type, enabled=False) if within else nullcontext():
             for weight, term in zip(weights, self._each, strict=True):
-                chosen = _rows(term.selection(batch), student.logits.device) if rows is None else rows[term.name]
-                mean = term.of(student, teacher, batch, progress, chosen).sum() / max(counts[term.name], 1)
-                parts[term.name] = mean.detach()
+                summed = term.of(student, teacher, batch, progress, rows[term.name]).sum()
+                count = max(counts[term.name], 1)
+                parts[term.name] = summed.detach() / count
                 if weight:  # at weight 0 an infinite value must not become NaN
-                    total = weight * mean if total is None else total + weight * mean
+                    total = summed * (weight / count) if total is None else total.add(summed, alpha=weight / count)
         assert total is not None
         return total, parts
 
@@ -227,6 +231,7 @@ class _Term(nn.Module):
         self.name, self.term = name, term
         self.entry = LOSSES[term.loss]
         self.layers = _layers(self.entry, term)
+        self.of_labels = "labels" in self.entry.reads
         shapes: Mapping[str, Shapes] = {"student": shapes_student, "teacher": shapes_teacher}
         missing = [
             Problem(side, f"no shape is known for layer '{p}'.", nearest(p, shapes[side]))
@@ -250,13 +255,14 @@ class _Term(nn.Module):
     @property
     def counted(self) -> tuple[bool, bool]:
         """What decides about its items: whether only the labelled ones count, and whether they are tokens."""
-        return "labels" in self.entry.reads, self.tokens
+        return self.of_labels, self.tokens
 
-    def selection(self, batch: Batch) -> Tensor:
+    def selection(self, batch: Batch) -> Chosen:
         """(B,) bool: the samples that count; (B, T) where the items are tokens."""
-        samples = batch.labelled if "labels" in self.entry.reads else batch.mask
+        samples: Chosen = batch.labelled if self.of_labels else batch.mask.numpy(force=True)
         if self.tokens and "attention_mask" in batch.student:
-            return samples[:, None] & batch.student["attention_mask"].bool()
+            tokens: Chosen = batch.student["attention_mask"].numpy(force=True) != 0
+            return samples[:, None] & tokens
         return samples
 
     def of(self, student: Outputs, teacher: Signal | None, batch: Batch, progress: float, rows: tuple[Tensor, ...] | None) -> Tensor:
@@ -265,9 +271,9 @@ class _Term(nn.Module):
         items = batch.student["attention_mask"].shape if by_token else batch.mask.shape
         tensors = [self._tensor(what, student, teacher, batch) for what in self.entry.reads]
         for what, x in zip(self.entry.reads, tensors, strict=True):
-            if tuple(x.shape[: len(items)]) != tuple(items):
+            if x.shape[: len(items)] != items:
                 raise UsageError(_misfit(self.name, what, self.layers, x, items))
-        if "teacher.logits" in self.entry.reads and tuple(tensors[0].shape) != tuple(tensors[1].shape):
+        if "teacher.logits" in self.entry.reads and tensors[0].shape != tensors[1].shape:
             raise UsageError(Problem(self.name, f"the student has {tensors[0].shape[-1]} classes and the teacher {tensors[1].shape[-1]}."))
         if rows is not None:
             tensors = [x[rows] for x in tensors]

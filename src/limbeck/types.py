@@ -101,10 +101,11 @@ class Batch:
         return len(self.ids)
 
     @property
-    def labelled(self) -> Tensor:
-        """``(B,)`` bool: valid samples with a label."""
-        known = self.labels >= 0 if self.labels.ndim == 1 else self.labels.sum(-1) > 0
-        return known & self.mask
+    def labelled(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """``(B,)`` bool, on the CPU: valid samples with a label."""
+        labels = self.labels.numpy(force=True)
+        known = labels >= 0 if labels.ndim == 1 else labels.sum(-1) > 0
+        return np.asarray(known & self.mask.numpy(force=True))
 
     def part(self, start: int, stop: int) -> Batch:
         """The microbatch of samples ``start .. stop - 1``."""
@@ -131,7 +132,7 @@ class Batch:
         if self.teacher is not None:
             teacher = student if self.teacher is self.student else {k: move(v) for k, v in self.teacher.items()}
         labels = self.labels.to(device, non_blocking=True)
-        return replace(self, student=student, teacher=teacher, labels=labels, mask=self.mask.to(device, non_blocking=True))
+        return Batch(self.ids, self.view, student, teacher, labels, self.mask.to(device, non_blocking=True), self.keys)
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, for fast transfers to a CUDA device (the hook that a DataLoader calls)."""
@@ -139,7 +140,7 @@ class Batch:
         teacher: Inputs | None = None
         if self.teacher is not None:
             teacher = student if self.teacher is self.student else {k: v.pin_memory() for k, v in self.teacher.items()}
-        return replace(self, student=student, teacher=teacher, labels=self.labels.pin_memory(), mask=self.mask.pin_memory())
+        return Batch(self.ids, self.view, student, teacher, self.labels.pin_memory(), self.mask.pin_memory(), self.keys)
 
 
 @dataclass(frozen=True)

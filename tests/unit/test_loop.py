@@ -458,7 +458,7 @@ def test_the_average_covers_batch_statistics() -> None:
 
 
 def test_no_decay_on_vectors() -> None:
-    from limbeck.loop import decay_groups
+    from limbeck.optimizer import decay_groups
 
     decayed, free = decay_groups([made(Big, "x")], 0.1)
     assert decayed["weight_decay"] == 0.1

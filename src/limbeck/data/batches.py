@@ -226,9 +226,9 @@ class BatchBuilder:
         teacher: Inputs | None = None
         if self._teacher is not None:
             teacher = student if self._shared else prepare("teacher", self._teacher)
-        keys = self._ids[rows] if other is None else pair_ids(self._ids[rows], self._ids[other])
-        mask = torch.full((len(rows),), request.counted)
-        return Batch(self._ids[rows], request.view, student, teacher, labels, mask, keys)
+        ids = self._ids[rows]
+        keys = ids if other is None else pair_ids(ids, self._ids[other])
+        return Batch(ids, request.view, student, teacher, labels, torch.full((len(rows),), request.counted), keys)
 
     def _view(self, rows: Int64, view: int) -> tuple[Raw | None, tuple[int, int] | None]:
         """Raw samples as this view shows them, and the (height, width) that they all had before."""
