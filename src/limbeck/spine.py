@@ -16,7 +16,7 @@ import torch
 
 from limbeck import checkpoint
 from limbeck._choices import explicit, resolved, snapshot, student_choice
-from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
+from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, read_recipe, refuse_taken, same_run
 from limbeck._parts import Parts
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
@@ -51,7 +51,7 @@ from limbeck.report import write_report
 from limbeck.run import Log, check_trackers, commit_folder, join_logs, provenance, read_json, sweep, write_atomic, write_json
 from limbeck.teacher import LiveTeacher, Meter, Teacher
 
-__all__ = ["Job", "execute", "run_into", "run_recipe"]
+__all__ = ["Begun", "Job", "begin", "execute", "job_of", "run_into", "run_recipe", "teacher_of"]
 
 State = dict[str, torch.Tensor]
 
@@ -63,7 +63,8 @@ class Job:
     build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
     sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
     teacher; None: some, where the teacher is loaded anyway. uses: how many students learn from its answers, this one included, where
-    that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed) are this run's too.
+    that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed), and what it chose for the
+    student by measuring, are this run's too.
     """
 
     recipe: Recipe
@@ -210,7 +211,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         if begun.known is not None:
             begun.columns = class_map(begun.known, data)
         else:
-            begun.model, begun.columns, begun.to_train = _teacher(job, job.build_teacher)
+            begun.model, begun.columns, begun.to_train = teacher_of(job, job.build_teacher)
             begun.known = known_of(begun.model)
         parts.teacher = begun.known.preprocessing
     _check_models(recipe, student, begun.model)
@@ -270,10 +271,10 @@ def keep(begun: Begun, told: Sources | None) -> None:
         begun.answers, begun.found, begun.cached = None, None, (False, notes[0])
 
 
-def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
-    """The spine. Everything that can be wrong is found before the first file is written."""
+def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun | None = None) -> dict[str, Any]:
+    """The spine. Everything that can be wrong is found before the first file is written. begun: what :func:`begin` made of this job already."""
     recipe, data, started = job.recipe, job.data, time.perf_counter()
-    begun = begin(job)
+    begun = begun or begin(job)
     recorded = matches(job.out, recipe, begun.facts)
     for note in [*begun.notes, _summary(data, begun)]:
         progress.say(note)
@@ -319,12 +320,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
         if begun.answers is not None:
             shared.teacher_logits, shared.teacher_figures = _teacher_on_record(begun, shared, meter)
         if recorded is None or not known:
-            batch = begun.parts.first_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
-            signal = None
-            if teacher is not None and recipe.train.precision == "auto":
-                signal = teacher(Engine(begun.device).send(batch), begun.objective.teacher_needs)
             engines = {"teacher": choices[0]} if choices is not None else {}
-            engines["student"], why = student_choice(begun.student, signal, begun.objective, batch, begun.device, recipe.train, recipe.seed)
+            engines["student"], why = _student_choice(job, begun, teacher)
             workers, reason = choose_workers(recipe.train.workers, data.train, begun.parts.augment)
             recipe = resolved(recipe, engines, workers)
             device = begun.device.type
@@ -392,6 +389,19 @@ def _teacher_at_work(
     teacher = answers.teacher(begun.columns, device)
     made = teacher.reader.manifest.made
     return teacher, (Engine(device, made["precision"], made["layout"]), why)
+
+
+def _student_choice(job: Job, begun: Begun, teacher: Teacher | None) -> tuple[Engine, dict[str, Any]]:
+    """How the student trains, and why: as in the run that lends the baseline, so that both train alike; else as given or measured."""
+    recipe = job.recipe
+    if job.lender is not None and recipe.train.precision == "auto":
+        engine = explicit(read_recipe(job.lender), begun.device)["student"]
+        return engine, {"measured": [], "reason": f"as measured in {job.lender.name}"}
+    batch = begun.parts.first_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
+    signal = None
+    if teacher is not None and recipe.train.precision == "auto":
+        signal = teacher(Engine(begun.device).send(batch), begun.objective.teacher_needs)
+    return student_choice(begun.student, signal, begun.objective, batch, begun.device, recipe.train, recipe.seed)
 
 
 def _teacher_on_record(begun: Begun, shared: _Shared, meter: Meter | None) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
@@ -598,7 +608,7 @@ def _fit_once(
     return trained, state
 
 
-def _teacher(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
+def teacher_of(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
     """The teacher, its output for each class of the data, and whether it has to be trained first."""
     spec = job.recipe.teacher
     training = spec.train if spec is not None else None

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from limbeck import sweep as sweeping
-from limbeck.sweep import read_vary
+from limbeck._vary import read_vary
 from running import limbeck, make_folder, read, recipe, run, weights
 
 OBJECTIVE = [{"loss": "kd", "weight": 0.7, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.3}]
