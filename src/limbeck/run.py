@@ -324,7 +324,6 @@ _PACKAGES = (
     "pyarrow",
     "onnx",
     "onnxruntime",
-    "torchmetrics",
 )
 
 

@@ -478,6 +478,7 @@ class _Shared:
 def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _Shared) -> dict[str, Any]:
     """Train student and baseline from the same initial weights, evaluate, export, report."""
     data, parts, teacher, stop = job.data, shared.parts, shared.teacher, shared.stop
+    lender = job.lender if job.lender is None or job.seeds == 1 else job.lender / f"seed-{recipe.seed}"
     make(folder)
     if folder != job.out:
         write_atomic(folder / "recipe.yaml", recipe.to_yaml())
@@ -494,10 +495,10 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             teacher.check_untouched()
         if baseline is not None:
             stop.between("the training of the baseline")
-            if job.lender is None:
+            if lender is None:
                 trained["baseline"] = _train_role("baseline", folder, recipe, baseline, parts.baseline_objective(), None, shared, log)
             else:
-                trained["baseline"] = _lent(job.lender if job.seeds == 1 else job.lender / f"seed-{recipe.seed}", folder, baseline)
+                trained["baseline"] = _lent(lender, folder, baseline)
             del baseline
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
@@ -516,7 +517,8 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
                 student.module.load_state_dict(trained[role][1])
                 shared.exact.place(student.module)
                 logits[role] = parts.logits(student, data.test, shared.exact)
-                measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact)
+                speed = None if lender is None else _speed_of(lender, shared.environment)
+                measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact, speed)
         stop.between("the export")
         exported: dict[str, Any] = {}
         failure: Stopped | None = None
@@ -554,6 +556,15 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
         raise failure
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def _speed_of(lender: Path, here: dict[str, Any]) -> dict[str, Any] | None:
+    """Latency and throughput of the same architecture on the same machine, which do not depend on the weights; None on another machine."""
+    there = read_json(lender / "environment.json")
+    if any(there.get(key) != here.get(key) for key in ("device_name", "threads", "platform", "cpu_count")):
+        return None
+    student = read_json(lender / "metrics.json")["models"]["student"]
+    return {name: {**student[name], "from": str(lender)} for name in ("latency_ms", "throughput")}
 
 
 def _lent(lender: Path, folder: Path, baseline: Model) -> tuple[Trained, State]:

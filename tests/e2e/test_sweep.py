@@ -209,6 +209,11 @@ def test_what_is_varied_is_what_runs_where_the_rest_is_measured(here: Path, monk
     reasons = [m["choices"]["student"]["reason"] for m in made]
     assert reasons == [why for i in (0, 2) for why in ("measured", f"as measured in {found['rows'][i]['name']}")]
     assert [row["cost"]["baseline_seconds"] > 0 for row in found["rows"]] == [True, False, True, False]
+    folders = [here / "sweep" / row["folder"] for row in found["rows"]]
+    speeds = [read(folder / "metrics.json")["models"][role] for folder in folders for role in ("student", "baseline")]
+    named = [None, None, str(folders[0]), str(folders[0]), None, None, str(folders[2]), str(folders[2])]
+    assert [speed["latency_ms"].get("from") for speed in speeds] == named
+    assert [speed["throughput"].get("from") for speed in speeds] == named
 
 
 TRAINED = {"teacher": {"model": "python:nets.py:teacher", "train": {"epochs": 1, "lr": 0.01}}}
