@@ -335,6 +335,20 @@ MUTANTS = (
         "epochs=recipe.train.epochs, batch_size=size, seed=recipe.seed",
         BASELINE,
     ),
+    Mutant(
+        "a-layout-that-is-varied-is-overwritten",
+        "_sweep_share.py",
+        '_NO_WEIGHT = {"workers",',
+        '_NO_WEIGHT = {"layout", "workers",',
+        ("e2e/test_sweep.py::test_what_is_varied_is_what_runs_where_the_rest_is_measured",),
+    ),
+    Mutant(
+        "a-teacher-of-another-training",
+        "_sweep_share.py",
+        "_text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe), recipe.teacher_cache.views])",
+        "_text([model, train, data, recipe.task, recipe.seed, recipe.teacher_cache.views])",
+        ("e2e/test_sweep.py::test_a_teacher_is_trained_again_where_its_own_training_is_varied",),
+    ),
     Mutant("chosen-on-the-test-split", "_parts.py", "split = self.data.valid\n", "split = self.data.test\n", BASELINE),
     Mutant("student-evaluated-as-baseline", "spine.py", "student.module.load_state_dict(trained[role][1])", "pass", BASELINE),
     Mutant(

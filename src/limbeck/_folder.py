@@ -16,7 +16,7 @@ from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe
 from limbeck.run import disk_errors, is_left_over, read_json
 
-__all__ = ["Stop", "already", "begun_seeds", "finished", "matches", "next_free", "refuse_taken", "same_run"]
+__all__ = ["Stop", "already", "begun_seeds", "finished", "finished_metrics", "matches", "next_free", "refuse_taken", "same_run"]
 
 
 def finished(folder: Path) -> bool:
@@ -24,6 +24,11 @@ def finished(folder: Path) -> bool:
     if not (folder / "metrics.json").is_file() or not (folder / "report.html").is_file():
         return False
     return read_json(folder / "metrics.json").get("export_failure") is None
+
+
+def finished_metrics(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a finished run, None of another."""
+    return dict(read_json(folder / "metrics.json")) if finished(folder) else None
 
 
 def next_free(root: Path, name: str) -> Path:

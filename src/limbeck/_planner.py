@@ -40,7 +40,7 @@ from limbeck.run import NoLog, existing_parent
 from limbeck.teacher import LiveTeacher, Meter, Teacher
 from limbeck.types import Batch, Needs, Signal
 
-__all__ = ["Balance", "balance", "ceiling", "make_plan", "overlapped"]
+__all__ = ["Balance", "balance", "ceiling", "duration", "make_plan", "overlapped"]
 
 _MOST, _LEAST = 9, 4  # steps that are timed
 _SECONDS = 6.0  # that timing one model may take, as far as _LEAST steps allow
@@ -768,7 +768,7 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
     if cache is None:
         rows.append(("training", times["total_seconds"], ""))
     lines.append(f"Time in all, without {times['left_out']}")
-    lines += [f"  {name:19}{_time(value):>10}  {what}".rstrip() for name, value, what in rows]
+    lines += [f"  {name:19}{duration(value):>10}  {what}".rstrip() for name, value, what in rows]
     if times["ceiling"] is not None:
         even = times["break_even_epoch"]
         epochs = f"epoch {even} of {passes}{' (of all seeds together)' if plan['seeds'] > 1 else ''}"
@@ -805,7 +805,7 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
-def _time(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     if seconds >= 7200:

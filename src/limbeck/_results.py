@@ -25,18 +25,26 @@ PRIMARY = "accuracy"
 
 
 def figures(
-    model: Model, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], samples: tuple[Inputs, Inputs], engine: Engine
+    model: Model,
+    logits: np.ndarray[Any, Any],
+    labels: np.ndarray[Any, Any],
+    samples: tuple[Inputs, Inputs],
+    engine: Engine,
+    speed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything about one model: metrics on the test split, size, work and speed.
 
     inputs: prepared test samples on the CPU; the model is on ``engine``'s device in its precision. flops: of one sample (a multiply-add is 2).
+    speed: latency and throughput, where another run has measured them.
     """
-    return {"metrics": metrics(logits, labels), **measures(model, samples, engine)}
+    return {"metrics": metrics(logits, labels), **measures(model, samples, engine, speed)}
 
 
-def measures(model: Model, samples: tuple[Inputs, Inputs], engine: Engine) -> dict[str, Any]:
+def measures(model: Model, samples: tuple[Inputs, Inputs], engine: Engine, speed: dict[str, Any] | None = None) -> dict[str, Any]:
     """Size, work and speed of a model, as in :func:`figures`."""
     one, many = ({k: v.to(engine.device, engine.dtype if v.is_floating_point() else None) for k, v in inputs.items()} for inputs in samples)
+    if speed is not None:
+        return {**describe(model, one), **speed}
     return {
         **describe(model, one),
         "latency_ms": {**latency(model, one), "threads": torch.get_num_threads()},

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchmetrics.functional.classification as tm
 from torch import Tensor
 
 from limbeck.data import BatchBuilder, Split, evaluation_requests, stream
@@ -67,14 +66,28 @@ def metrics(logits: Logits, labels: np.ndarray[Any, Any]) -> dict[str, float]:
     """
     scores, target = torch.from_numpy(logits), torch.from_numpy(np.asarray(labels, dtype=np.int64))
     log_probabilities = scores.log_softmax(-1)
-    classes = scores.shape[1]
     answers = scores.argmax(-1)
     return {
         "accuracy": float((answers == target).double().mean()),
-        "macro_f1": float(tm.multiclass_f1_score(answers, target, num_classes=classes, average="macro")),
+        "macro_f1": _macro_f1(answers, target, scores.shape[1]),
         "nll": float(-log_probabilities.gather(1, target[:, None]).mean()),
-        "ece": float(tm.multiclass_calibration_error(log_probabilities.exp(), target, num_classes=classes, n_bins=ECE_BINS, norm="l1")),
+        "ece": _calibration_error(log_probabilities.amax(-1).exp(), answers == target),
     }
+
+
+def _macro_f1(answers: Tensor, target: Tensor, classes: int) -> float:
+    """2 x hits / (answered + labelled) of each class, averaged. answers, target: ``(N,)``."""
+    hits = torch.bincount(target[answers == target], minlength=classes)
+    both = torch.bincount(answers, minlength=classes) + torch.bincount(target, minlength=classes)
+    return float((2 * hits[both > 0].double() / both[both > 0]).mean())
+
+
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """The mean over items of |accuracy - mean confidence| of the bin that each is in; a bin holds its lower bound. confidence, right: ``(N,)``."""
+    inner = torch.linspace(0, 1, ECE_BINS + 1, dtype=confidence.dtype)[1:-1]
+    excess = right.to(confidence.dtype) - confidence
+    sums = torch.zeros(ECE_BINS, dtype=confidence.dtype).index_add(0, torch.bucketize(confidence, inner, right=True), excess)
+    return float(sums.abs().sum() / len(confidence))
 
 
 def agreement(a: Logits, b: Logits) -> float:

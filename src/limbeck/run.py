@@ -346,7 +346,6 @@ _PACKAGES = (
     "pyarrow",
     "onnx",
     "onnxruntime",
-    "torchmetrics",
 )
 
 

@@ -19,7 +19,7 @@ import torch
 from limbeck import checkpoint
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._choices import explicit, resolved, snapshot, student_choice
-from limbeck._folder import Stop, already, begun_seeds, finished, make, matches, next_free, refuse_taken
+from limbeck._folder import Stop, already, begun_seeds, finished_metrics, make, matches, next_free, read_recipe, refuse_taken
 from limbeck._parts import Parts
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
@@ -65,7 +65,7 @@ from limbeck.run import (
 )
 from limbeck.teacher import LiveTeacher, Meter, Teacher
 
-__all__ = ["Job", "execute", "run_into", "run_recipe"]
+__all__ = ["Begun", "Job", "begin", "execute", "job_of", "run_into", "run_recipe", "teacher_of"]
 
 State = dict[str, torch.Tensor]
 
@@ -77,7 +77,8 @@ class Job:
     build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
     sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
     teacher; None: some, where the teacher is loaded anyway. uses: how many students learn from its answers, this one included, where
-    that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed) are this run's too.
+    that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed), and what it chose for the
+    student by measuring, are this run's too.
     ranks: the processes that share the work, all of which hold the same job.
     """
 
@@ -248,7 +249,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         if begun.known is not None:
             begun.columns = class_map(begun.known, data)
         else:
-            begun.model, begun.columns, begun.to_train = _teacher(job, job.build_teacher)
+            begun.model, begun.columns, begun.to_train = teacher_of(job, job.build_teacher)
             begun.known = known_of(begun.model)
         parts.teacher = begun.known.preprocessing
     _check_models(recipe, student, begun.model)
@@ -357,10 +358,10 @@ def _keep(begun: Begun, told: Sources | None) -> None:
     begun.parts.teacher = model.preprocessing
 
 
-def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
-    """The spine. Everything that can be wrong is found before the first file is written."""
+def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun | None = None) -> dict[str, Any]:
+    """The spine. Everything that can be wrong is found before the first file is written. begun: what :func:`begin` made of this job already."""
     recipe, data, ranks, started = job.recipe, job.data, job.ranks, time.perf_counter()
-    begun = begin(job)
+    begun = begun or begin(job)
     recorded = _recorded(job, begun.facts)
     for note in [*begun.notes, _summary(data, begun)]:
         progress.say(note)
@@ -412,16 +413,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
         if begun.answers is not None:
             shared.teacher_logits, shared.teacher_figures = _teacher_on_record(begun, shared, meter)
         if recorded is None or not known:
-            batch = begun.parts.first_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
-            signal = None
-            if teacher is not None and recipe.train.precision == "auto":
-                signal = teacher(Engine(begun.device).send(batch), begun.objective.teacher_needs)
             engines = {"teacher": choices[0]} if choices is not None else {}
-            engines["student"], why = _from_main(
-                ranks,
-                lambda: student_choice(begun.student, signal, begun.objective, batch, begun.device, job.recipe.train, job.recipe.seed),
-                begun.device,
-            )
+            engines["student"], why = _from_main(ranks, partial(_student_choice, job, begun, teacher), begun.device)
             workers, reason = ranks.from_main(
                 lambda: choose_workers(job.recipe.train.workers, data.train, begun.parts.augment, ranks.local_size)
             )
@@ -494,6 +487,19 @@ def _teacher_at_work(
     teacher = answers.teacher(begun.columns, device)
     made = teacher.reader.manifest.made
     return teacher, (Engine(device, made["precision"], made["layout"]), why)
+
+
+def _student_choice(job: Job, begun: Begun, teacher: Teacher | None) -> tuple[Engine, dict[str, Any]]:
+    """How the student trains, and why: as in the run that lends the baseline, so that both train alike; else as given or measured."""
+    recipe = job.recipe
+    if job.lender is not None and recipe.train.precision == "auto":
+        engine = explicit(read_recipe(job.lender), begun.device)["student"]
+        return engine, {"measured": [], "reason": f"as measured in {job.lender.name}"}
+    batch = begun.parts.first_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
+    signal = None
+    if teacher is not None and recipe.train.precision == "auto":
+        signal = teacher(Engine(begun.device).send(batch), begun.objective.teacher_needs)
+    return student_choice(begun.student, signal, begun.objective, batch, begun.device, recipe.train, recipe.seed)
 
 
 def _teacher_on_record(begun: Begun, shared: _Shared, meter: Meter | None) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
@@ -584,6 +590,7 @@ class _Shared:
 def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _Shared) -> dict[str, Any]:
     """Train student and baseline from the same initial weights, evaluate, export, report."""
     data, parts, teacher, stop, ranks = job.data, shared.parts, shared.teacher, shared.stop, job.ranks
+    lender = job.lender if job.lender is None or job.seeds == 1 else job.lender / f"seed-{recipe.seed}"
     if ranks.main:
         make(folder)
         if folder != job.out:
@@ -601,10 +608,10 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             teacher.check_untouched()
         if baseline is not None:
             stop.between("the training of the baseline")
-            if job.lender is None:
+            if lender is None:
                 trained["baseline"] = _train_role("baseline", folder, recipe, baseline, parts.baseline_objective(), None, shared, log)
             else:
-                trained["baseline"] = _lent(job.lender if job.seeds == 1 else job.lender / f"seed-{recipe.seed}", folder, baseline)
+                trained["baseline"] = _lent(lender, folder, baseline, ranks)
             del baseline
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
@@ -625,7 +632,8 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
                 shared.exact.place(student.module)
                 logits[role] = parts.logits(student, data.test, shared.exact)
                 if ranks.main:
-                    measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact)
+                    speed = None if lender is None else _speed_of(lender, shared.environment)
+                    measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact, speed)
         stop.between("the export")
         shared.cost.ask_ranks()
         if not ranks.main:  # the rest is written, which one rank does
@@ -692,10 +700,22 @@ def _recorded(job: Job, facts: dict[str, Any]) -> tuple[Recipe, dict[str, Any]] 
     return None if found is None else (Recipe.model_validate(found[0]), found[1])
 
 
-def _lent(lender: Path, folder: Path, baseline: Model) -> tuple[Trained, State]:
+def _speed_of(lender: Path, here: dict[str, Any]) -> dict[str, Any] | None:
+    """Latency and throughput of the same architecture on the same machine, which do not depend on the weights; None on another machine."""
+    there = read_json(lender / "environment.json")
+    if any(there.get(key) != here.get(key) for key in ("device_name", "threads", "platform", "cpu_count")):
+        return None
+    student = read_json(lender / "metrics.json")["models"]["student"]
+    return {name: {**student[name], "from": str(lender)} for name in ("latency_ms", "throughput")}
+
+
+def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks) -> tuple[Trained, State]:
     """The baseline that another run trained, as ``folder/baseline``."""
-    load_into(baseline.module, lender / "baseline", "baseline")
-    if not (folder / "baseline").is_dir():
+    if ranks.main:
+        load_into(baseline.module, lender / "baseline", "baseline")
+    for tensor in baseline.module.state_dict().values():
+        ranks.broadcast(tensor)
+    if ranks.main and not (folder / "baseline").is_dir():
         with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=folder) as temporary:
             shutil.copytree(lender / "baseline", Path(temporary) / "baseline")
             commit_folder(Path(temporary) / "baseline", folder / "baseline")
@@ -746,7 +766,7 @@ def _fit_once(
     return trained, state
 
 
-def _teacher(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
+def teacher_of(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
     """The teacher, its output for each class of the data, and whether it has to be trained first."""
     spec = job.recipe.teacher
     training = spec.train if spec is not None else None
@@ -823,7 +843,7 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
         shared.stop.between(f"seed {seed}")
         child = job.out / f"seed-{seed}"
         children.append(child)
-        done = job.ranks.from_main(partial(_finished_metrics, child))
+        done = job.ranks.from_main(partial(finished_metrics, child))
         if done is not None:
             results.append(done)
             continue
@@ -848,10 +868,6 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
     write_report([job.out], job.out / "report.html")
     shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
     return dict(job.ranks.from_main(lambda: finite(result)))
-
-
-def _finished_metrics(folder: Path) -> dict[str, Any] | None:
-    return dict(read_json(folder / "metrics.json")) if finished(folder) else None
 
 
 def _check_models(recipe: Recipe, student: Model, teacher: Model | None) -> None:

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from limbeck import _choices, _sweep_share, spine
 from limbeck import sweep as sweeping
-from limbeck.sweep import read_vary
+from limbeck._vary import read_vary
+from limbeck.engine import Engine
+from limbeck.spine import Job
 from running import limbeck, make_folder, read, recipe, run, weights
 
 OBJECTIVE = [{"loss": "kd", "weight": 0.7, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.3}]
@@ -180,3 +184,137 @@ def test_a_teacher_that_has_to_be_trained_is_trained_once(here: Path) -> None:
     # the second finds the answers of an object among those of a run, and compares some; the third knows them by the run's files
     assert [row["cost"]["teacher_items"] for row in found["rows"][1:]] == [32 + 18, 0]
     assert limbeck("sweep", recipe(here, **learned), "--vary", "objective.0.temperature=2,5,8", "--out", here / "sweep", "--resume") == 0
+
+
+def test_what_is_varied_is_what_runs_where_the_rest_is_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout that is varied is no other combination's choice, and has a baseline of its own; what is measured is measured once for what is alike,
+    and the teacher's own choice is not the student's."""
+    measured: list[str] = []
+
+    def measure(candidates: list[Engine], prepare: Any) -> tuple[Engine, dict[str, Any]]:
+        role = prepare.__qualname__.partition("_")[0]
+        measured.append(role)
+        best = {"teacher": "float32", "student": "bf16"}[role]
+        return next(c for c in candidates if c.precision == best), {"measured": [], "reason": "measured"}
+
+    monkeypatch.setattr(_choices, "measure", measure)
+    file = recipe(here, objective=OBJECTIVE, train={"precision": "auto"}, teacher_cache={"mode": "off"})
+    vary = ("--vary", "train.layout=channels_first,channels_last", "--vary", "objective.0.temperature=2,6")
+    found = sweep(file, *vary, out=here / "sweep")
+    made = [read(here / "sweep" / row["folder"] / "environment.json") for row in found["rows"]]
+    assert [m["layout"] for m in made] == [row["values"]["train.layout"] for row in found["rows"]]
+    assert [m["precision"] for m in made] == ["bf16"] * 4
+    assert [m["teacher_precision"] for m in made] == ["float32"] * 4
+    assert measured.count("student") == 2, "once for each layout"
+    reasons = [m["choices"]["student"]["reason"] for m in made]
+    assert reasons == [why for i in (0, 2) for why in ("measured", f"as measured in {found['rows'][i]['name']}")]
+    assert [row["cost"]["baseline_seconds"] > 0 for row in found["rows"]] == [True, False, True, False]
+    folders = [here / "sweep" / row["folder"] for row in found["rows"]]
+    speeds = [read(folder / "metrics.json")["models"][role] for folder in folders for role in ("student", "baseline")]
+    named = [None, None, str(folders[0]), str(folders[0]), None, None, str(folders[2]), str(folders[2])]
+    assert [speed["latency_ms"].get("from") for speed in speeds] == named
+    assert [speed["throughput"].get("from") for speed in speeds] == named
+
+
+TRAINED = {"teacher": {"model": "python:nets.py:teacher", "train": {"epochs": 1, "lr": 0.01}}}
+
+
+@pytest.mark.parametrize(
+    ("vary", "trainings"),
+    [
+        ("train.lr=0.05,0.02", 1),  # the teacher's own is given
+        ("train.ema=0.5,0.9", 1),  # the student's alone
+        ("teacher.precision=float32,bf16", 1),  # how it is asked, later
+        ("train.batch_size=16,12", 2),
+        ("teacher.train.epochs=1,2", 2),
+        ("objective.1.label_smoothing=0.0,0.2", 2),  # its own cross entropy is the recipe's
+        ("data.labelled_limit=30,40", 2),
+    ],
+)
+def test_a_teacher_is_trained_again_where_its_own_training_is_varied(here: Path, vary: str, trainings: int) -> None:
+    """Once where it is not; and each is the teacher of that combination alone."""
+    file = recipe(here, **TRAINED, objective=OBJECTIVE, teacher_cache={"mode": "off"})
+    found = sweep(file, "--vary", vary, "--no-baseline", out=here / "sweep")
+    folders = [here / "sweep" / row["folder"] for row in found["rows"]]
+    assert [(folder / "teacher").is_dir() for folder in folders] == [True, trainings == 2]
+    key, _, values = vary.partition("=")
+    alone = run("distill", file, "--set", f"{key}={values.split(',')[1]}", "--no-baseline", out=here / "alone")
+    own = read(here / "alone/teacher/model.json")["weights_sha256"]
+    assert read(folders[trainings - 1] / "teacher/model.json")["weights_sha256"] == own
+    assert found["rows"][1]["student"] == alone["models"]["student"]["metrics"]["accuracy"]
+
+
+def test_everything_that_is_wrong_is_told_before_the_first_step(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of later combinations too, all at once, each with the values that have it: models, layers, data, the cache."""
+    (here / "nets.py").write_text((here / "nets.py").read_text() + "\n\ndef four():\n    return Net(4, 4)\n", encoding="utf-8")
+    np.savez(here / "broken.npz", train_x=np.zeros((4, 8, 8), np.uint8))
+    hint = {"loss": "hint", "weight": 1.0, "teacher": "body", "student": "body"}
+    monkeypatch.setattr(sweeping, "execute", lambda *_, **__: pytest.fail("a combination was begun"))
+    file = recipe(here, objective=[*OBJECTIVE, hint])
+    arguments = (
+        *("--vary", "objective.2.student=body,bodi", "--vary", "data.source=npz:pictures.npz,npz:broken.npz"),
+        *("--vary", "student.model=python:nets.py:student,python:nets.py:four"),
+    )
+    assert limbeck("sweep", file, *arguments, "--set", "teacher.model=python:nets.py:four", "--out", here / "sweep") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "--vary data.source=npz:broken.npz: " in said, said
+    assert said.count("'bodi' is not a layer of Net. Did you mean 'body'?") == 1, said
+    assert "four" in said, said
+    assert not (here / "sweep").exists()
+
+
+def test_a_later_value_that_cannot_be_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--vary", "objective.0.temperature=2,4", "--vary", "student.model=python:nets.py:student,python:nets.py:studnet")
+    assert limbeck("sweep", recipe(here, objective=OBJECTIVE), *arguments, "--out", here / "sweep") == 2
+    said = capsys.readouterr().err
+    assert "--vary student.model=python:nets.py:studnet" in said, said
+    assert "1 problem" not in said
+    assert not (here / "sweep").exists()
+
+
+def test_models_are_built_once_for_what_differs_in_numbers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Job] = []
+    real = spine.begin
+
+    def begin(job: Job, **more: Any) -> Any:
+        begun.append(job)
+        return real(job, **more)
+
+    monkeypatch.setattr(_sweep_share, "begin", begin)
+    monkeypatch.setattr(spine, "begin", begin)
+    file = recipe(here, objective=OBJECTIVE, teacher_cache={"path": "cache"})
+    given = (file, "--vary", "objective.0.temperature=2,4", "--vary", "train.lr=0.05,0.01", "--no-baseline")
+    sweep(*given, out=here / "sweep")
+    # once for all to be judged, which the first goes on with; then each of the others as its turn comes
+    assert len(begun) == 4
+    begun.clear()
+    before = (here / "sweep/report.html").stat().st_mtime_ns
+    sweep(*given, "--resume", out=here / "sweep")
+    assert begun == []
+    assert (here / "sweep/report.html").stat().st_mtime_ns == before
+
+
+def test_the_plan_of_a_sweep(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many trainings as will be run; one pass of the teacher; the total is the sum of its parts."""
+    file = recipe(here, **TRAINED, objective=OBJECTIVE)
+    given = (file, *VARY, "--seeds", "2", "--out", here / "sweep")
+    assert limbeck("sweep", *given, "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not (here / "sweep").exists()
+    assert plan["combinations"] == 4
+    assert plan["trainings"] == {"teachers": 1, "students": 8, "baselines": 4}
+    assert plan["teacher_passes"] == 1
+    assert [one["for"] for one in plan["plans"]] == [[plan["rows"][i]["name"] for i in pair] for pair in ((0, 2), (1, 3))]
+    time, plans = plan["time"], plan["plans"]
+    assert time["students_seconds"] == pytest.approx(sum(row["student_seconds"] for row in plan["rows"]))
+    assert time["baselines_seconds"] == pytest.approx(sum(one["time"]["baseline_seconds"] for one in plans))
+    assert time["fill_seconds"] == pytest.approx(max(one["time"]["fill_seconds"] for one in plans))
+    assert time["teacher_training_seconds"] == pytest.approx(plans[0]["time"]["teacher_training_seconds"])
+    parts = ("teacher_training_seconds", "fill_seconds", "students_seconds", "baselines_seconds")
+    assert time["total_seconds"] == pytest.approx(sum(time[part] for part in parts))
+    one = plans[1]["time"]
+    alone = one["total_seconds"] - one["fill_seconds"] - one["baseline_seconds"] - one["teacher_training_seconds"]
+    assert plan["rows"][3]["student_seconds"] == pytest.approx(alone)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, recall_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from limbeck.analysis import analyse
 from limbeck.errors import UsageError
+from limbeck.evaluate import metrics
 from limbeck.report import render, write_report
 
 
@@ -80,6 +81,29 @@ def test_reliability_bins_hold_every_item_and_give_the_published_calibration_err
         assert sum(b["correct"] for b in model["bins"]) == round(400 * model["accuracy"])
         for b in model["bins"]:
             assert b["confidence"] is None or b["low"] <= b["confidence"] <= b["high"]
+
+
+@pytest.mark.parametrize("case", ["as they come", "classes that nobody answers", "one class", "certain", "undecided"])
+def test_metrics_are_those_of_sklearn_and_torchmetrics(case: str) -> None:
+    labels, given = answers(3)
+    logits = given["student"].astype(np.float64)
+    if case == "classes that nobody answers":
+        labels, logits = labels % 2, np.concatenate([logits[:, :2] + 20, logits], axis=1)
+    elif case == "one class":
+        labels = np.zeros_like(labels)
+    elif case == "certain":
+        logits = logits * 1000
+    elif case == "undecided":
+        logits = np.zeros_like(logits)
+    found = metrics(logits, labels)
+    probabilities, predicted = torch.from_numpy(logits).softmax(-1), logits.argmax(1)
+    classes = logits.shape[1]
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted), abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"), abs=1e-12)
+    expected = multiclass_calibration_error(probabilities, torch.from_numpy(labels), num_classes=classes, n_bins=15, norm="l1")
+    assert found["ece"] == pytest.approx(float(expected), abs=2e-6)
+    nll = -(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[np.arange(len(labels)), labels].mean()
+    assert found["nll"] == pytest.approx(nll, abs=1e-12)
 
 
 def test_the_groups_are_those_where_the_answers_differ_and_hold_the_most_confident_items() -> None:

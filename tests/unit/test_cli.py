@@ -70,6 +70,23 @@ class TestHelp:
         assert not loaded & HEAVY
         assert done.stdout
 
+    def test_a_run_imports_no_library_that_it_may_not_need(self, tmp_path: Path) -> None:
+        """Each of these takes a second or more of every command; a part of a cache is written without pandas, which pyarrow would import."""
+        code = (
+            "import sys\nfrom pathlib import Path\nimport numpy as np\nimport limbeck.spine\n"
+            "from limbeck.cache._manifest import Column\nfrom limbeck.cache._store import write_part\n"
+            "write_part(Path(), 'x', 0, np.ones((1, 2), np.uint64), {'y': np.ones((1, 3), np.float16)}, (Column('y', 'float16', (3,)),))\n"
+            "print(sorted(m for m in sys.modules if '.' not in m))"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        loaded = set(done.stdout.strip("[]\n").replace("'", "").split(", "))
+        assert "limbeck" in loaded
+        assert not loaded & {"torchmetrics", "torchvision", "transformers", "scipy", "sklearn", "pandas"}
+
     def test_every_command_is_listed_and_explains_itself(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert limbeck("--help") == 0
         shown = capsys.readouterr().out

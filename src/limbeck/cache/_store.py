@@ -61,11 +61,11 @@ def write_part(
     keys: ``(N, 2)``, in order. values: ``(N, *shape)`` of each column. The temporary name is fixed, so that whoever writes this part again after a
     kill takes its place; the caller holds the part's lock.
     """
-    arrays = [pa.array(keys[:, 0]), pa.array((keys[:, 1] >> np.uint64(56)).astype(np.uint8))]
+    arrays = [_arrow(keys[:, 0]), _arrow((keys[:, 1] >> np.uint64(56)).astype(np.uint8))]
     fields = [pa.field("id", pa.uint64(), nullable=False), pa.field("id_more", pa.uint8(), nullable=False)]
     for column in columns:
         flat = np.ascontiguousarray(values[column.name], dtype=column.dtype).reshape(-1)
-        inner, width = pa.array(flat), int(np.prod(column.shape, dtype=np.int64))
+        inner, width = _arrow(flat), int(np.prod(column.shape, dtype=np.int64))
         arrays.append(pa.FixedSizeListArray.from_arrays(inner, width) if column.shape else inner)
         kind = pa.list_(pa.field("item", inner.type, nullable=False), width) if column.shape else inner.type
         fields.append(pa.field(column.name, kind, nullable=False))
@@ -91,6 +91,12 @@ def write_part(
     tile = _tile_size(len(data))
     first, last = (f"{int(keys[at, 0]):016x}" for at in (0, -1))
     return PartEntry(name, view, len(keys), first, last, len(data), tile, _checksums(data, tile), _offsets(written))
+
+
+def _arrow(values: npt.NDArray[Any]) -> pa.Array:
+    """``(N,)`` as an Arrow array, without ``pa.array``: that imports pandas, where it is installed, for a second to ask whether this is its own."""
+    held = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(held.dtype), len(held), [None, pa.py_buffer(held)])
 
 
 def _offsets(file: pa.Buffer) -> dict[str, int]:

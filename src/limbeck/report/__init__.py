@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def render(runs: Sequence[Path]) -> str:
     return str(environment.get_template("compare.html").render(**_compare.sections(found), **_assets()))
 
 
+@cache
 def _environment() -> Any:
+    """It keeps its templates, which take longer to compile than to fill in."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError:

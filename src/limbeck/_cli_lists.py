@@ -1,0 +1,91 @@
+"""Commands that say what there is (losses, models, recipes), and convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limbeck._cli_judge import no_such, refuse
+from limbeck._cli_run import print_json
+from limbeck._cli_show import table
+from limbeck.errors import Problem, UsageError, listed, nearest
+
+
+def losses(name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None) -> None:
+    """The losses, and when to use each.
+
+    NAME shows the parameters of one.
+    """
+    from limbeck.losses import LOSSES
+
+    if name is None:
+        table(("loss", "when to use it"), [(entry.name, entry.summary) for entry in LOSSES.values()])
+        return
+    if name not in LOSSES:
+        raise UsageError(Problem("", f"there is no loss '{name}'; there are {listed(list(LOSSES))}.", nearest(name, LOSSES)))
+    entry = LOSSES[name]
+    print(f"{entry.name}: {entry.summary}\nSource: {entry.source}\nReads: {', '.join(entry.reads)}\n")
+    rows = [
+        (p.name, "required" if p.required else str(p.default), p.allowed + ("; or a schedule" if p.schedulable else ""))
+        for p in entry.parameters.values()
+    ]
+    table(("parameter", "default", "allowed"), [("weight", "1.0", "a number from 0 up; or a schedule"), *rows])
+
+
+def models() -> None:
+    """The names of models, and when to use each."""
+    from limbeck.models import known_models
+
+    table(("name", "what it is", "when to use it"), [(str(a), str(b), str(c)) for a, b, c in known_models()])
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False, help="Print this recipe.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe file, for editors.")] = False,
+) -> None:
+    """Recipes to start from, and when to use each.
+
+    `limbeck recipes NAME > my.yaml` starts a recipe. For completion and checks while typing, run `limbeck recipes --schema >
+    limbeck.schema.json` beside it; its first line names that file to the editor.
+    """
+    if schema and name is not None:
+        raise UsageError(Problem("--schema", f"takes no name beside it, got '{name}'."))
+    if schema:
+        from limbeck.reading import json_schema
+
+        print_json(json_schema())
+        return
+    ready = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    if name is None:
+        table(("recipe", "when to use it"), [(key, _first_comment(path)) for key, path in ready.items()])
+    elif name.removesuffix(".yaml") in ready:
+        print("# yaml-language-server: $schema=limbeck.schema.json")
+        print(ready[name.removesuffix(".yaml")].read_text(encoding="utf-8"), end="")
+    else:
+        raise UsageError(Problem("", f"there is no recipe '{name}'; there are {listed(list(ready))}.", nearest(name, ready)))
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="FILE.pth", show_default=False, help="A foreign .pt, .pth, .bin or .ckpt file.")],
+    target: Annotated[str, typer.Argument(metavar="OUT.safetensors", show_default=False)],
+    key: Annotated[str | None, typer.Option("--key", metavar="NAME", help="The entry of the file that holds the weights.")] = None,
+) -> None:
+    """Turn foreign .pth weights into safetensors.
+
+    The one command that opens a pickle, and weights only.
+    """
+    problems = []
+    if not Path(source).is_file():
+        problems.append(no_such(Path(source), "file"))
+    if Path(target).suffix != ".safetensors":
+        problems.append(Problem("", f"got the target '{target}', expected a name that ends in .safetensors."))
+    refuse(problems)
+    from limbeck.convert import convert as convert_file
+
+    convert_file(Path(source), Path(target), key=key)
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
