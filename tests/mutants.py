@@ -259,11 +259,11 @@ MUTANTS = (
     Mutant(
         "dropout-seed-forgotten",
         "loop.py",
-        'engine.seed(seed_for(seed, "dropout", request.step, micro, 0))',
+        'engine.seed(seed_for(seed, "dropout", request.step, micro, ranks.rank))',
         "pass",
         LOOP,
     ),
-    Mutant("dropout-without-microbatch", "loop.py", '"dropout", request.step, micro, 0)', '"dropout", request.step, 0, 0)', LOOP),
+    Mutant("dropout-without-microbatch", "loop.py", '"dropout", request.step, micro, ranks.rank)', '"dropout", request.step, 0, ranks.rank)', LOOP),
     Mutant("student-left-in-eval", "loop.py", "        state.module.train()\n", "", LOOP),
     Mutant("warm-up-ignored", "loop.py", "warm = round(settings.warmup * total)", "warm = 0", LOOP),
     Mutant("bad-step-taken", "loop.py", "return skipped.float()", "return None", LOOP),

@@ -148,13 +148,16 @@ class Stop:
     def between(self, phase: str) -> None:
         """Leave here, where everything finished so far is committed, if a signal came to any rank; all ranks are here at once."""
         if self._ranks.any(self.requested):
-            self.requested = True
-            self.alone(phase)
+            raise self._ranks.told_by_main(self._leaving(phase))
 
     def alone(self, phase: str) -> None:
         """The same where every rank works for itself."""
         if self.requested:
-            raise Interrupted(f"Stopped by a signal before {phase}; everything finished so far is kept.")
+            raise self._leaving(phase)
+
+    @staticmethod
+    def _leaving(phase: str) -> Interrupted:
+        return Interrupted(f"Stopped by a signal before {phase}; everything finished so far is kept.")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -212,7 +212,8 @@ def fit(
             if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
                 commit()
             if leaving:
-                raise Interrupted(f"Stopped by a signal at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint.")
+                where = f"at step {done.steps} of {plan.total_steps} ({recorder.role}), after a checkpoint."
+                raise ranks.told_by_main(Interrupted(f"Stopped by a signal {where}"))
     optimizer.zero_grad(set_to_none=True)
     state.finish(done)
     module.eval()

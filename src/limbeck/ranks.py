@@ -113,6 +113,10 @@ class Ranks:
         if self.main:
             self.barrier()
 
+    def told_by_main(self, error: LimbeckError) -> LimbeckError:
+        """An error that all ranks have at once, which the main rank alone tells."""
+        return error if self.main else Elsewhere(error.exit_code)
+
     def speaker(self, concerned: bool) -> bool:
         """Of the ranks that are concerned the first; the main rank where none is. All ranks ask at once."""
         if self.size == 1:

@@ -611,7 +611,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
             if lender is None:
                 trained["baseline"] = _train_role("baseline", folder, recipe, baseline, parts.baseline_objective(), None, shared, log)
             else:
-                trained["baseline"] = _lent(lender, folder, baseline, ranks)
+                trained["baseline"] = _lent(lender, folder, baseline, ranks, shared.exact)
             del baseline
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
@@ -709,10 +709,11 @@ def _speed_of(lender: Path, here: dict[str, Any]) -> dict[str, Any] | None:
     return {name: {**student[name], "from": str(lender)} for name in ("latency_ms", "throughput")}
 
 
-def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks) -> tuple[Trained, State]:
+def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks, engine: Engine) -> tuple[Trained, State]:
     """The baseline that another run trained, as ``folder/baseline``."""
     if ranks.main:
         load_into(baseline.module, lender / "baseline", "baseline")
+    engine.place(baseline.module)
     for tensor in baseline.module.state_dict().values():
         ranks.broadcast(tensor)
     if ranks.main and not (folder / "baseline").is_dir():

@@ -249,6 +249,20 @@ def test_several_seeds(there: Path, tmp_path: Path) -> None:
         assert distance(tmp_path / "alone" / seed / "student", tmp_path / "two" / seed / "student") < 1e-9
 
 
+def test_a_sweep(there: Path, tmp_path: Path) -> None:
+    vary = ("--vary", "objective.0.temperature=1,3", "--vary", "train.lr=0.05,0.1")
+    terms = [{"loss": "kd", "weight": 0.7, "temperature": 2.0}, {"loss": "cross_entropy", "weight": 0.3}]
+    path = recipe(there, "swept.yaml", **{**EXACT, "objective": terms})
+    run("sweep", path, *vary, out=tmp_path / "alone")
+    several(2, "sweep", path, *vary, out=tmp_path / "two")
+    one, other = (read(tmp_path / name / "sweep.json") for name in ("alone", "two"))
+    assert one["best"] == other["best"]
+    for row in one["rows"]:
+        for role in ("student", "baseline"):
+            assert distance(tmp_path / "alone" / row["folder"] / role, tmp_path / "two" / row["folder"] / role) < 1e-9
+    assert distance(tmp_path / "alone/student", tmp_path / "two/student") < 1e-9
+
+
 def test_torchrun_itself(there: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "limbeck")
