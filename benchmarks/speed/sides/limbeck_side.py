@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimiser of a process imports it: imports are outside of every turn
 from safetensors.torch import save_file
 from speed.turns import Turn
 
