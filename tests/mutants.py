@@ -158,7 +158,7 @@ MUTANTS = (
     Mutant(
         "told-apart-by-address",
         "models/_identity.py",
-        '_ADDRESS.sub("", said)',
+        '_PLACE.sub("", said)',
         "said",
         ("unit/test_cache_identity.py::test_tables_of_functions_are_the_same_in_every_process",),
     ),

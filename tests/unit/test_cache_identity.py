@@ -189,7 +189,18 @@ class Slots:
     __slots__ = ("x",)
 
 
-ACTS = {"double": double, "half": Half, "thrice": lambda x: x * 3, "more": [times(4)], "object": Half(), "slots": Slots()}
+FOUR = 4
+FIVE = 5
+
+
+def scaled(x, by=FIVE):
+    return x * by
+
+
+# each on its own line, or the source of the one lambda would be that of them all
+ACTS = {"double": double, "half": Half, "object": Half(), "slots": Slots()}
+ACTS["thrice"] = lambda x: x * 3
+ACTS["more"] = [times(FOUR), scaled]
 NAMES = {"a", "b", "c", "d", "e"}
 SHIFT = torch.tensor([1.0, 2.0])
 
@@ -244,13 +255,20 @@ def test_tables_of_functions_are_the_same_in_every_process(tmp_path: Path) -> No
     assert len(found) == 1
 
 
+def test_of_tables_neither_the_place_of_the_file_nor_a_comment_counts(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    found = {tables(tmp_path / "a"), tables(tmp_path / "deep/b"), tables(tmp_path / "c", "FIVE = 5", "FIVE = 5  # of nothing")}
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("return x * 2", "return x * 7"),
         ("return x / 2", "return x / 7"),
-        ('"thrice": lambda x: x * 3', '"thrice": lambda x: x * 7'),
-        ("[times(4)]", "[times(7)]"),
+        ("lambda x: x * 3", "lambda x: x * 7"),
+        ("FOUR = 4", "FOUR = 7"),
+        ("FIVE = 5", "FIVE = 7"),
         ('"double": double, "half"', '"double": times(2), "half"'),
         ('"double": double, "half": Half', '"double": Half, "half": double'),
         ("function(x) + 1", "function(x) + 7"),

@@ -38,7 +38,7 @@ _CONFIG_ASIDE = {"_name_or_path", "name_or_path", "transformers_version", "torch
 _MODULE = frozenset(vars(nn.Module()))
 _FROM_FILE = re.compile(r"^limbeck_user_(.+)_[0-9a-f]{16}$")
 _RUNS_MORE = {"importlib", "imp", "runpy", "pkgutil", "__import__", "exec", "eval", "compile"}
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_PLACE = re.compile(r" at 0x[0-9a-fA-F]+|\blimbeck_user_|(?<=\w)_[0-9a-f]{16}(?=\.)")
 _READ = {".json", ".safetensors", ".txt", ".model"}
 
 
@@ -193,7 +193,7 @@ class _Source:
             self._found.add((_FROM_FILE.sub(r"\1", module.__name__), "", file_sha256(Path(file))))
 
     def _described(self, value: Any) -> Any:
-        """What can be said of anything: the values of arrays, else what it says of itself, without where it lies in memory."""
+        """What can be said of anything: the values of arrays, else what it says of itself, without where it or its file lies."""
         kind = f"{_home(type(value))}.{type(value).__qualname__}"
         if isinstance(value, ModuleType):
             self._module(value)
@@ -209,7 +209,7 @@ class _Source:
             said = "" if isinstance(value, dict | list | tuple | set | frozenset) else repr(value)
         except Exception:  # a person's own repr may want what is not there yet
             said = ""
-        return [kind, weights, _ADDRESS.sub("", said)]
+        return [kind, weights, _PLACE.sub("", said)]
 
 
 class _Held(nn.Module):
