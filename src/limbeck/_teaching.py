@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -455,21 +456,22 @@ def keep_answers(
     """
     recipe, parts, data = answers.recipe, answers.parts, answers.parts.data
     record: dict[str, Any] = {}
+
+    def leaving() -> None:
+        between()
+        ranks.look()
+
     exact = Engine(device, "float64" if recipe.train.precision == "float64" else "float32")
     for purpose, split in (("teach", data.train), ("test", data.test)):
         folder = answers.folders[purpose]
-        why: dict[str, Any] = {"measured": [], "reason": "as the cache was begun"}
-        with ranks.main_first():
-            if not (folder / "manifest.json").exists():
-                engine, why = chosen() if purpose == "teach" else (exact, {"measured": [], "reason": "full precision for figures"})
-                made = {
-                    "precision": engine.precision,
-                    "layout": engine.layout,
-                    "block": block_rows(model.preprocessing, device),
-                    "threads": torch.get_num_threads(),
-                }
-                create(answers.root, found.identities[purpose], made, found.about, found.columns[purpose])
-            _, manifest = create(answers.root, found.identities[purpose], {}, found.about, found.columns[purpose])
+        made, why = ranks.from_main(partial(_made, answers, purpose, model, device, exact, chosen))
+        _, manifest = create(answers.root, found.identities[purpose], made, found.about, found.columns[purpose])
+        for name in ("precision", "layout"):  # a cache of this machine's own may have been begun otherwise
+            if manifest.made[name] != made[name]:
+                text = f"holds answers in {manifest.made[name]}, and those of the main rank's machine are in {made[name]}."
+                raise UsageError(
+                    Problem(f"teacher_cache: {folder}", text, "Copy the cache of one machine to the others, or remove this one.")
+                )
         engine = Engine(device, manifest.made["precision"], manifest.made["layout"])
         if purpose == "teach":
             record = {"precision": engine.precision, "layout": engine.layout, **why}
@@ -482,10 +484,32 @@ def keep_answers(
         lacking = answers.lacking(purpose)
         if lacking:
             with _shown(progress, purpose, lacking) as tick:
-                fill(folder, answers.requests[purpose], _asker(live, stored, builder, threads), tick=tick, between=between)
+                fill(folder, answers.requests[purpose], _asker(live, stored, builder, threads), tick=tick, between=leaving)
         live.check_untouched()
         ranks.barrier()
     return record
+
+
+def _made(
+    answers: Answers,
+    purpose: str,
+    model: Model,
+    device: torch.device,
+    exact: Engine,
+    chosen: Callable[[], tuple[Engine, dict[str, Any]]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a directory of answers is filled, and why: as it was begun, else as is chosen now."""
+    folder = answers.folders[purpose]
+    if (folder / "manifest.json").exists():
+        return read_manifest(folder).made, {"measured": [], "reason": "as the cache was begun"}
+    engine, why = chosen() if purpose == "teach" else (exact, {"measured": [], "reason": "full precision for figures"})
+    made = {
+        "precision": engine.precision,
+        "layout": engine.layout,
+        "block": block_rows(model.preprocessing, device),
+        "threads": torch.get_num_threads(),
+    }
+    return made, why
 
 
 def _cpus() -> int:
