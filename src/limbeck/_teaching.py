@@ -457,10 +457,6 @@ def keep_answers(
     recipe, parts, data = answers.recipe, answers.parts, answers.parts.data
     record: dict[str, Any] = {}
 
-    def leaving() -> None:
-        between()
-        ranks.look()
-
     exact = Engine(device, "float64" if recipe.train.precision == "float64" else "float32")
     for purpose, split in (("teach", data.train), ("test", data.test)):
         folder = answers.folders[purpose]
@@ -483,11 +479,22 @@ def keep_answers(
             _verify(answers, purpose, folder, stored, live, builder, verify)
         lacking = answers.lacking(purpose)
         if lacking:
-            with _shown(progress, purpose, lacking) as tick:
-                fill(folder, answers.requests[purpose], _asker(live, stored, builder, threads), tick=tick, between=leaving)
+            with _shown(progress, purpose, lacking, ranks) as tick:
+                fill(
+                    folder,
+                    answers.requests[purpose],
+                    _asker(live, stored, builder, threads),
+                    tick=tick,
+                    between=partial(_leave, between, ranks),
+                )
         live.check_untouched()
         ranks.barrier()
     return record
+
+
+def _leave(between: Callable[[], None], ranks: Ranks) -> None:
+    between()
+    ranks.look()  # also where this process waits for a part that another one had begun
 
 
 def _made(
@@ -585,11 +592,12 @@ def _verify(answers: Answers, purpose: str, folder: Path, stored: Stored, live: 
 
 
 @contextmanager
-def _shown(progress: Progress, purpose: str, rows: int) -> Iterator[Callable[[int], None]]:
+def _shown(progress: Progress, purpose: str, rows: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
     began, done = time.perf_counter(), 0
 
     def tick(count: int) -> None:
         nonlocal done
+        ranks.look()
         done += count
         rate = done / max(1e-9, time.perf_counter() - began)
         progress.asked("the teacher" if purpose == "teach" else "the teacher on the test split", done, rows, rate)

@@ -256,7 +256,7 @@ def _has_said(store: Any) -> None:
     with contextlib.suppress(Exception):
         store.set(_SAID, "1")
         if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            end = time.monotonic() + 5
+            end = time.monotonic() + 15
             while store.add(_LEFT, 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < end:
                 time.sleep(0.02)
 
