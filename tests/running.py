@@ -147,13 +147,24 @@ def fork(*arguments: Any, said: Path, **environment: str) -> Started:
 
 
 def ranks(size: int, *arguments: Any, said: Path, **environment: str) -> list[Started]:
-    """The same as so many ranks, with the variables that torchrun sets. said: a folder for what each of them prints."""
+    """The same as so many ranks, with the variables that torchrun sets. said: a folder for what each of them prints.
+
+    ``{rank}`` in an argument or a variable is the number of the rank, for machines that have files of their own.
+    """
     said.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
-    return [fork(*arguments, said=said / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(size)]
+
+    def one(rank: int) -> Started:
+        def own(text: Any) -> str:
+            return str(text).replace("{rank}", str(rank))
+
+        variables = {name: own(value) for name, value in shared.items()}
+        return fork(*map(own, arguments), said=said / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **variables)
+
+    return [one(rank) for rank in range(size)]
 
 
 def ended(processes: list[Started]) -> tuple[list[int | None], str]:

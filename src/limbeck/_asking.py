@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 
 from limbeck._choices import teacher_choice
 from limbeck._teaching import Answers, Identity
-from limbeck.cache import Reader, Stored, compare, create, fill
+from limbeck.cache import Reader, Stored, compare, create, fill, read_manifest
 from limbeck.data import BatchBuilder
 from limbeck.data import Request as BatchRequest
 from limbeck.engine import Engine
+from limbeck.errors import Problem, UsageError
 from limbeck.models import Model
 from limbeck.progress import Progress
 from limbeck.ranks import ALONE, Ranks
@@ -68,18 +70,14 @@ def keep_answers(
     exact = Engine(device, "float64" if recipe.train.precision == "float64" else "float32")
     for purpose, split in (("teach", data.train), ("test", data.test)):
         folder = answers.folders[purpose]
-        why: dict[str, Any] = {"measured": [], "reason": "as the cache was begun"}
-        with ranks.main_first():
-            if not (folder / "manifest.json").exists():
-                engine, why = chosen() if purpose == "teach" else (exact, {"measured": [], "reason": "full precision for figures"})
-                made = {
-                    "precision": engine.precision,
-                    "layout": engine.layout,
-                    "block": block_rows(model.preprocessing, device),
-                    "threads": torch.get_num_threads(),
-                }
-                create(answers.root, found.identities[purpose], made, found.about, found.columns[purpose])
-            _, manifest = create(answers.root, found.identities[purpose], {}, found.about, found.columns[purpose])
+        made, why = ranks.from_main(partial(_made, answers, purpose, model, device, exact, chosen))
+        _, manifest = create(answers.root, found.identities[purpose], made, found.about, found.columns[purpose])
+        for name in ("precision", "layout"):  # a cache of this machine's own may have been begun otherwise
+            if manifest.made[name] != made[name]:
+                text = f"holds answers in {manifest.made[name]}, and those of the main rank's machine are in {made[name]}."
+                raise UsageError(
+                    Problem(f"teacher_cache: {folder}", text, "Copy the cache of one machine to the others, or remove this one.")
+                )
         engine = Engine(device, manifest.made["precision"], manifest.made["layout"])
         if purpose == "teach":
             record = {"precision": engine.precision, "layout": engine.layout, **why}
@@ -93,11 +91,44 @@ def keep_answers(
                 progress.say(f"{compared:,} {purpose} answers in {folder} were compared with the teacher: they are its own.")
         lacking = answers.lacking(purpose)
         if lacking:
-            with _shown(progress, purpose, lacking) as tick:
-                fill(folder, answers.requests[purpose], _asker(live, stored, builder, threads), tick=tick, between=between)
+            with _shown(progress, purpose, lacking, ranks) as tick:
+                fill(
+                    folder,
+                    answers.requests[purpose],
+                    _asker(live, stored, builder, threads),
+                    tick=tick,
+                    between=partial(_leave, between, ranks),
+                )
         live.check_untouched()
         ranks.barrier()
     return record
+
+
+def _leave(between: Callable[[], None], ranks: Ranks) -> None:
+    between()
+    ranks.look()  # also where this process waits for a part that another one had begun
+
+
+def _made(
+    answers: Answers,
+    purpose: str,
+    model: Model,
+    device: torch.device,
+    exact: Engine,
+    chosen: Callable[[], tuple[Engine, dict[str, Any]]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a directory of answers is filled, and why: as it was begun, else as is chosen now."""
+    folder = answers.folders[purpose]
+    if (folder / "manifest.json").exists():
+        return read_manifest(folder).made, {"measured": [], "reason": "as the cache was begun"}
+    engine, why = chosen() if purpose == "teach" else (exact, {"measured": [], "reason": "full precision for figures"})
+    made = {
+        "precision": engine.precision,
+        "layout": engine.layout,
+        "block": block_rows(model.preprocessing, device),
+        "threads": torch.get_num_threads(),
+    }
+    return made, why
 
 
 def _cpus() -> int:
@@ -173,11 +204,12 @@ def _verify(answers: Answers, purpose: str, folder: Path, stored: Stored, live: 
 
 
 @contextmanager
-def _shown(progress: Progress, purpose: str, rows: int) -> Iterator[Callable[[int], None]]:
+def _shown(progress: Progress, purpose: str, rows: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
     began, done = time.perf_counter(), 0
 
     def tick(count: int) -> None:
         nonlocal done
+        ranks.look()
         done += count
         rate = done / max(1e-9, time.perf_counter() - began)
         progress.asked("the teacher" if purpose == "teach" else "the teacher on the test split", done, rows, rate)

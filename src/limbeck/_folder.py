@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,11 +137,14 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": train, "teacher": teacher})
 
 
+_TAPS = 2.0  # seconds within which signals are one request: a person taps twice, a launcher and its process group both pass it on
+
+
 class Stop:
-    """SIGTERM and SIGINT ask the run to leave after a checkpoint; asked again, it leaves at once."""
+    """SIGTERM and SIGINT ask the run to leave after a checkpoint; Ctrl-C again, after two seconds, and it leaves at once."""
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
-        self.requested, self._ranks = False, ranks
+        self.requested, self._since, self._ranks = False, 0.0, ranks
 
     def __call__(self) -> bool:
         return self.requested
@@ -166,9 +170,11 @@ class Stop:
             return
 
         def asked(number: int, frame: object) -> None:
-            if self.requested:
-                raise Interrupted("Stopped at once by a second signal; the last checkpoint is kept.")
-            self.requested = True
+            now = time.monotonic()
+            if not self.requested:
+                self.requested, self._since = True, now
+            elif number == signal.SIGINT and now - self._since > _TAPS:
+                raise Interrupted("Stopped at once by a second Ctrl-C; the last checkpoint is kept.")
 
         old = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

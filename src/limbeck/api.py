@@ -17,7 +17,7 @@ from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, call_factory, load_into, load_saved, sources, state_hash, wrap_module
 from limbeck.progress import Progress
-from limbeck.ranks import joined, restarted
+from limbeck.ranks import joined, refuse_lost_folder, restarted
 from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
 from limbeck.run import read_json
@@ -130,8 +130,10 @@ def distill(
     base = Path.cwd()
     recipe = absolute(recipe, base)
     with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
+        if out is None:
+            refuse_lost_folder()
         folder = Path(out) if out is not None else Path(ranks.from_main(lambda: str(next_free(Path("runs"), f"python-{_name(student)}"))))
-        resume = resume or restarted()
+        resume = resume or restarted(ranks)
         if ranks.main:
             refuse_taken(folder, resume)
         loaded = (

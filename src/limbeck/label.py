@@ -17,7 +17,7 @@ from limbeck.progress import Progress
 from limbeck.ranks import joined
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
-from limbeck.spine import Job, begin, job_of
+from limbeck.spine import Job, agree, begin, job_of
 from limbeck.teacher import Meter
 
 __all__ = ["ids_of", "label", "label_job"]
@@ -49,6 +49,7 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
     """:func:`label` of a job."""
     started = time.perf_counter()
     begun = begin(job, label=True)
+    agree(job, begun)
     if begun.to_train:
         text = "has to be trained on this data first, which `limbeck distill` does."
         raise UsageError(Problem("teacher", text, "Train it with `limbeck train`, and name it as run:DIR."))

@@ -10,10 +10,11 @@ import atexit
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from limbeck.errors import LimbeckError, Problem, Stopped, UsageError
 
-__all__ = ["ALONE", "Elsewhere", "Ranks", "joined", "restarted"]
+__all__ = ["ALONE", "Elsewhere", "Ranks", "joined", "refuse_lost_folder", "restarted"]
 
 TIMEOUT = 1800.0
 """Seconds that a rank waits for another; ``LIMBECK_RANK_TIMEOUT`` sets another number."""
@@ -43,11 +44,15 @@ class Elsewhere(LimbeckError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is. ``local_size``: how many of them are on this machine. Alone, nothing here talks to anybody."""
+    """Which of how many processes this is. ``local_size``: how many of them are on this machine. Alone, nothing here talks to anybody.
+
+    store: where ranks leave word for each other outside of the common steps; None where another program joined them.
+    """
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
+    store: Any = field(default=None, compare=False, repr=False)
 
     @property
     def main(self) -> bool:
@@ -86,6 +91,28 @@ class Ranks:
         raw = json.dumps(make()).encode() if self.main else b""
         return json.loads(self.broadcast_bytes(raw))
 
+    def look(self) -> None:
+        """Where every rank works for itself, for as long as it takes: leave if another one had to.
+
+        Raises: Elsewhere with the exit code of the rank that failed first, or was stopped by a signal.
+        """
+        if self.store is not None and self.store.check([_FAILED]):
+            raise Elsewhere(int(self.store.get(_FAILED).decode().split(",")[1]))
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """All ranks hold these facts (plain values by name), which machines with files of their own need not.
+
+        Raises: UsageError on each rank that holds others than the main rank.
+        """
+        own = json.loads(json.dumps(facts))
+        told = self.from_main(lambda: facts)
+        wrong = [name for name in own if own[name] != told[name]]
+        if wrong:
+            text = "; ".join(f"{name} is {own[name]}, and the main rank has {told[name]}" for name in wrong)
+            raise UsageError(
+                Problem(f"rank {self.rank} on {socket.gethostname()}", f"{text}.", "Every machine needs the same recipe, data and models.")
+            )
+
     def broadcast_bytes(self, raw: bytes) -> bytes:
         """The main rank's bytes."""
         length = torch.tensor([len(raw)])
@@ -103,15 +130,6 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum([0])
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main rank goes through this block, and then all the others."""
-        if not self.main:
-            self.barrier()
-        yield
-        if self.main:
-            self.barrier()
 
     def told_by_main(self, error: LimbeckError) -> LimbeckError:
         """An error that all ranks have at once, which the main rank alone tells."""
@@ -150,9 +168,22 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")) and int(os.environ["WORLD_SIZE"]) > 1
 
 
-def restarted() -> bool:
-    """Whether the launcher has started the processes of this run again after one was lost: then what was begun is gone on with."""
-    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarted(ranks: Ranks) -> bool:
+    """Whether the launcher has started the processes of this run again after one was lost: then what was begun is gone on with.
+
+    Only the launcher on the machine of the lost process counts it as a restart, so all ranks are asked.
+    """
+    return ranks.any(launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
+
+
+def refuse_lost_folder() -> None:
+    """Raises: UsageError where processes that the launcher starts again could not find what the first ones began, for want of a name."""
+    if launched() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        text = "is needed with torchrun's --max-restarts: processes that are started again go on in the folder that was named."
+        raise UsageError(Problem("--out", text, "Add --out DIR."))
+
+
+_JOINED: list[Ranks] = []
 
 
 @contextmanager
@@ -162,7 +193,10 @@ def joined() -> Iterator[Ranks]:
     An error on any rank ends all of them, with one message: who fails first says why, and the others leave with :class:`Elsewhere`. A rank that
     was lost, or that does not answer within the timeout, ends the others with a sentence and exit code 3.
     """
-    if dist.is_available() and dist.is_initialized():  # joined further up, or by the program that calls Limbeck
+    if _JOINED:  # further up
+        yield _JOINED[0]
+        return
+    if dist.is_available() and dist.is_initialized():  # by the program that calls Limbeck
         yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return
     if not launched():
@@ -176,11 +210,14 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=PrefixStore("limbeck/group", store), rank=rank, world_size=size, timeout=timeout)
+    _JOINED.append(Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store))
     try:
-        yield Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        yield _JOINED[0]
         dist.barrier()
     except BaseException as error:
         raise _one_message(store, error) from error
+    finally:
+        _JOINED.clear()
     dist.destroy_process_group()
 
 
@@ -223,7 +260,7 @@ def _has_said(store: Any) -> None:
     with contextlib.suppress(Exception):
         store.set(_SAID, "1")
         if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            end = time.monotonic() + 5
+            end = time.monotonic() + 15
             while store.add(_LEFT, 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < end:
                 time.sleep(0.02)
 

@@ -46,7 +46,7 @@ from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, build_model, class_map, load_into, save_model, sources, state_hash, validate_paths
 from limbeck.objective import Objective, needs_of
 from limbeck.progress import Progress
-from limbeck.ranks import ALONE, Ranks, joined, restarted
+from limbeck.ranks import ALONE, Ranks, joined, refuse_lost_folder, restarted
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
@@ -113,8 +113,10 @@ def run_recipe(
     seeds: None is one, or on resume as many as the run was begun with.
     """
     with joined() as ranks:
+        if out is None:
+            refuse_lost_folder()
         out = out or Path(ranks.from_main(lambda: str(next_free(Path("runs"), _run_name(recipe, command)))))
-        resume = resume or restarted()
+        resume = resume or restarted(ranks)
         if ranks.main:
             refuse_taken(out, resume)
         return run_into(
@@ -242,8 +244,10 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             if told is not None and job.verify_cache is None:
                 with _read_whole(begun):
                     begun.known = recalled(begun.answers, told, data)
-            if job.ranks.any(begun.known is None):
+            if job.ranks.any(begun.known is None):  # a machine whose cache lacks something has its teacher asked, and the others go along
                 begun.known = None
+                if begun.answers is not None:
+                    begun.answers.folders = {}
             elif begun.whole:
                 begun.cached = _WHOLE
         if begun.known is not None:
@@ -273,6 +277,13 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         "seeds": job.seeds,
     }
     return begun
+
+
+def agree(job: Job, begun: Begun) -> None:
+    """Machines with files of their own hold the same ones."""
+    recipe = job.recipe.model_dump(mode="json", include={"task", "seed", "objective", "train", "baseline", "export"})
+    asked = {"whether the teacher is loaded": begun.model is not None, "whether its answers are kept": begun.answers is not None}
+    job.ranks.agree({**begun.facts, **recipe, **asked})
 
 
 _WHOLE = (True, "every answer is there")
@@ -362,6 +373,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     """The spine. Everything that can be wrong is found before the first file is written. begun: what :func:`begin` made of this job already."""
     recipe, data, ranks, started = job.recipe, job.data, job.ranks, time.perf_counter()
     begun = begun or begin(job)
+    agree(job, begun)
     recorded = _recorded(job, begun.facts)
     for note in [*begun.notes, _summary(data, begun)]:
         progress.say(note)
@@ -508,7 +520,7 @@ def _teacher_on_record(begun: Begun, shared: _Shared, meter: Meter | None) -> tu
     logits, model = begun.answers.test_logits(begun.columns), begun.model
     found = metrics(logits, begun.parts.data.test.labels)
     kept = begun.answers.figures(begun.device)
-    if model is None or kept["latency_ms"] is not None:
+    if model is None or begun.parts.ranks.from_main(lambda: kept["latency_ms"] is not None):
         begun.model = None
         return logits, {"metrics": found, **kept}
     shared.stop.between("the teacher is measured")
