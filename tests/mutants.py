@@ -45,6 +45,7 @@ class Mutant:
 LOSSES = ("unit/test_losses.py", "reference/test_losses.py")
 OBJECTIVE = ("unit/test_objective.py",)
 LOOP = ("unit/test_loop.py",)
+OPTIMIZER = ("unit/test_optimizer.py",)
 RESUME = ("unit/test_loop.py::test_a_stop_at_every_step_ends_in_the_same_bytes",)
 KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log",)
 TEACHER = ("unit/test_teacher.py",)
@@ -99,7 +100,7 @@ MUTANTS = (
         '["attention_mask"].numpy(force=True) >= 0',
         OBJECTIVE,
     ),
-    Mutant("divided-by-the-microbatch", "objective.py", "count = max(counts[term.name], 1)", "count = max(len(batch), 1)", OBJECTIVE),
+    Mutant("divided-by-the-microbatch", "objective.py", "progress), max(counts[term.name], 1)", "progress), max(len(batch), 1)", OBJECTIVE),
     Mutant("divided-by-all-rows", "objective.py", "int(np.count_nonzero(found))", "found.size", OBJECTIVE),
     Mutant("mixed-unlabelled-as-labelled", "types.py", "labels.sum(-1) > 0", "labels.sum(-1) >= 0", OBJECTIVE),
     Mutant("unlabelled-as-labelled", "types.py", "known = labels >= 0 if", "known = labels >= -1 if", OBJECTIVE),
@@ -282,6 +283,9 @@ MUTANTS = (
         "or not any(slot[:_SUM])",
         ("unit/test_data_load.py::test_what_is_damaged_is_decoded_again",),
     ),
+    Mutant("left-out-step-counted", "optimizer.py", "else 1.0 - skipped", "else 1.0", OPTIMIZER),
+    Mutant("momentum-begun-anew", "optimizer.py", "is_first_step=False", "is_first_step=True", OPTIMIZER),
+    Mutant("left-out-step-taken", "optimizer.py", '"found_inf": skipped}', '"found_inf": None}', OPTIMIZER),
     Mutant("learning-rate-not-set", "loop.py", 'group["lr"] = lr', "pass", LOOP),
     Mutant("weight-decay-on-biases", "optimizer.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', LOOP),
     Mutant("gradient-not-clipped", "loop.py", "torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)", "pass", LOOP),

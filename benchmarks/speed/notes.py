@@ -3,10 +3,9 @@
 NOTES: dict[str, str] = {
     "P1": "The interval includes the target. The planner finds 0.7 ms for making the batch, on the same core as everything else; the rest is not "
     "profiled.",
-    "P2": "About 0.26 ms of Python a step, found by leaving parts out: selecting, summing and dividing in the objective, with the nodes that "
-    "this adds to backward (a third), the teacher's call and the copy of its inputs (10 %), the norm and the looks for NaN (10 %), the log (10 %), "
-    "the hand-over of batches and the rest. A hand-written backward of kd would save part of the first and change the last bits. The cost is "
-    "per step, whatever the models.",
+    "P2": "What is left is mostly Python between the operations of the loss, where masks, counts, weights and schedules are looked at; then the "
+    "teacher's call (a copy of its inputs, a count of its samples), making and sending the batch, and the log. The optimiser's step and the look "
+    "for NaN take less than the plain loop's. The cost is per step, whatever the models. See the lab book, 2026-11-24.",
     "P4": "On one thread a training is only 9 s at K = 1, and what the filling adds beyond K T (finding the directory, hashing the teacher twice, "
     "the test rows, writing with fsync) weighs the more; not profiled further.",
     "P9": "The first batch of 128 rows opens as many parts as it touches, 16 of 1 GB and about 120 of 10 GB; a batch cannot touch more parts "

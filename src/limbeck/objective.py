@@ -64,7 +64,7 @@ def value_at(value: float | Schedule, progress: float) -> float:
     >>> value_at(Schedule(start=1.0, end=0.0, until=0.5), 0.25), value_at(Schedule(start=1.0, end=0.0, until=0.5), 0.9)
     (0.5, 0.0)
     """
-    if not isinstance(value, Schedule):
+    if isinstance(value, float | int):  # asked first: pydantic's models answer isinstance in Python
         return float(value)
     done = min(max(progress / value.until, 0.0), 1.0)
     if value.shape == "cosine":
@@ -207,18 +207,20 @@ class Objective(nn.Module):
         parts: dict[str, Tensor] = {}
         if rows is None:
             rows = self.select(batch).rows(0, len(batch), student.logits.device)
-        weights = [value_at(t.term.weight, progress) for t in self._each]
-        # Where no term reads the logits, the head has a gradient of zero all the same, and not none: weight decay goes on.
-        read = any(weight and "student.logits" in t.entry.reads for weight, t in zip(weights, self._each, strict=True))
-        total = None if read else raised(student.logits[:0]).sum()
+        total: Tensor | None = None
+        read = False
         within = torch.is_autocast_enabled(student.logits.device.type)
         with torch.autocast(student.logits.device.type, enabled=False) if within else nullcontext():
-            for weight, term in zip(weights, self._each, strict=True):
+            for term in self._each:
+                weight, count = value_at(term.term.weight, progress), max(counts[term.name], 1)
                 summed = term.of(student, teacher, batch, progress, rows[term.name]).sum()
-                count = max(counts[term.name], 1)
                 parts[term.name] = summed.detach() / count
                 if weight:  # at weight 0 an infinite value must not become NaN
                     total = summed * (weight / count) if total is None else total.add(summed, alpha=weight / count)
+                    read = read or term.of_logits
+        if not read:  # the head has a gradient of zero all the same, and not none: weight decay goes on
+            nothing = raised(student.logits[:0]).sum()
+            total = nothing if total is None else total + nothing
         assert total is not None
         return total, parts
 
@@ -232,6 +234,8 @@ class _Term(nn.Module):
         self.entry = LOSSES[term.loss]
         self.layers = _layers(self.entry, term)
         self.of_labels = "labels" in self.entry.reads
+        self.of_logits = "student.logits" in self.entry.reads
+        self._compares = self.of_logits and "teacher.logits" in self.entry.reads
         shapes: Mapping[str, Shapes] = {"student": shapes_student, "teacher": shapes_teacher}
         missing = [
             Problem(side, f"no shape is known for layer '{p}'.", nearest(p, shapes[side]))
@@ -247,6 +251,7 @@ class _Term(nn.Module):
             self.values: dict[str, Any] = {}
         else:
             self.loss, self.values = self.entry.function, values
+        self._schedules = {key: value for key, value in self.values.items() if isinstance(value, Schedule)}
 
     @property
     def per_item(self) -> bool:
@@ -261,8 +266,8 @@ class _Term(nn.Module):
         """(B,) bool: the samples that count; (B, T) where the items are tokens."""
         samples: Chosen = batch.labelled if self.of_labels else batch.mask.numpy(force=True)
         if self.tokens and "attention_mask" in batch.student:
-            tokens: Chosen = batch.student["attention_mask"].numpy(force=True) != 0
-            return samples[:, None] & tokens
+            tokens: Chosen = samples[:, None] & (batch.student["attention_mask"].numpy(force=True) != 0)
+            return tokens
         return samples
 
     def of(self, student: Outputs, teacher: Signal | None, batch: Batch, progress: float, rows: tuple[Tensor, ...] | None) -> Tensor:
@@ -273,7 +278,7 @@ class _Term(nn.Module):
         for what, x in zip(self.entry.reads, tensors, strict=True):
             if x.shape[: len(items)] != items:
                 raise UsageError(_misfit(self.name, what, self.layers, x, items))
-        if "teacher.logits" in self.entry.reads and tensors[0].shape != tensors[1].shape:
+        if self._compares and tensors[0].shape != tensors[1].shape:
             raise UsageError(Problem(self.name, f"the student has {tensors[0].shape[-1]} classes and the teacher {tensors[1].shape[-1]}."))
         if rows is not None:
             tensors = [x[rows] for x in tensors]
@@ -282,7 +287,8 @@ class _Term(nn.Module):
         if not len(tensors[0]):
             return raised(tensors[0]).flatten(1).sum(1)
         loss: Any = self.loss if isinstance(tensors[-1], Tensor) else self.entry.sparse
-        values: Tensor = loss(*tensors, **{k: value_at(v, progress) if isinstance(v, Schedule) else v for k, v in self.values.items()})
+        now = {key: value_at(schedule, progress) for key, schedule in self._schedules.items()}
+        values: Tensor = loss(*tensors, **{**self.values, **now})
         return values
 
     def _tensor(self, what: str, student: Outputs, teacher: Signal | None, batch: Batch) -> Any:
