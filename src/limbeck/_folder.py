@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from limbeck import checkpoint
 from limbeck.errors import Interrupted, Problem, UsageError
 from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe
-from limbeck.run import disk_errors, is_left_over, read_json
+from limbeck.run import discard, disk_errors, is_left_over, read_json, sweep
 
-__all__ = ["Stop", "begun_seeds", "finished", "matches", "next_free", "refuse_taken", "same_run"]
+__all__ = ["Stop", "begun_seeds", "finished", "matches", "next_free", "put_away", "refuse_taken", "same_run"]
 
 
 def finished(folder: Path) -> bool:
@@ -22,6 +24,13 @@ def finished(folder: Path) -> bool:
     if not (folder / "metrics.json").is_file() or not (folder / "report.html").is_file():
         return False
     return read_json(folder / "metrics.json").get("export_failure") is None
+
+
+def put_away(folder: Path) -> None:
+    """Remove what a run that was killed while it tidied up at its end has left; a finished run needs no checkpoints."""
+    sweep(folder)
+    for checkpoints in [folder / "checkpoints", *folder.glob("seed-*/checkpoints")]:
+        discard(checkpoints)
 
 
 def next_free(root: Path, name: str) -> Path:
@@ -38,9 +47,9 @@ def refuse_taken(out: Path, resume: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(Problem("--out", f"{out} is a file.", "Name a folder that does not exist yet."))
-    # a run that was killed before its first file had its name has begun nothing
+    # a run that was killed before its recipe had its name has begun nothing
     inside = [p.name for p in out.iterdir() if not is_left_over(p)]
-    if not inside:
+    if not inside or (inside == ["environment.json"] and set(read_json(out / "environment.json")) == {"facts"}):
         return
     if not resume:
         raise UsageError(
@@ -73,6 +82,8 @@ def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, d
             )
     if problems:
         raise UsageError(problems)
+    for folder in [out / "checkpoints", *out.glob("seed-*/checkpoints")]:
+        checkpoint.refuse_newer(folder)
     return recorded, environment
 
 
@@ -119,11 +130,17 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": train, "teacher": teacher})
 
 
+_TAPS = 2.0  # seconds within which signals are one request: a person taps twice, a launcher and its process group both pass it on
+
+
 class Stop:
-    """SIGTERM and SIGINT ask the run to leave after a checkpoint; asked again, it leaves at once."""
+    """SIGTERM and SIGINT ask the run to leave: from within ``steps`` after the step and a checkpoint; from elsewhere at once, for there
+    everything that is finished is committed. Asked again it does not lose the step, except where a person insists: Ctrl-C, after two seconds."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
+        self._stepping = False
 
     def __call__(self) -> bool:
         return self.requested
@@ -134,17 +151,29 @@ class Stop:
             raise Interrupted(f"Stopped by a signal before {phase}; everything finished so far is kept.")
 
     @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Inside, whoever counts the steps looks whether a signal came, and leaves."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def _asked(self, number: int, frame: object) -> None:
+        first, now = not self.requested, time.monotonic()
+        if first:
+            self.requested, self._since = True, now
+            if not self._stepping:
+                raise Interrupted("Stopped by a signal; everything finished so far is kept.")
+        elif number == signal.SIGINT and now - self._since > _TAPS:
+            raise Interrupted("Stopped at once by a second Ctrl-C; the last checkpoint is kept.")
+
+    @contextmanager
     def listening(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-
-        def asked(number: int, frame: object) -> None:
-            if self.requested:
-                raise Interrupted("Stopped at once by a second signal; the last checkpoint is kept.")
-            self.requested = True
-
-        old = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        old = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

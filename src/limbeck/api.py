@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from limbeck._folder import finished, next_free, refuse_taken, same_run
+from limbeck._folder import finished, next_free, put_away, refuse_taken, same_run
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, call_factory, load_into, load_saved, sources, state_hash, wrap_module
@@ -166,6 +166,7 @@ def distill(
         )
         if finished(folder):
             same_run(folder, recipe, seeds)
+            put_away(folder)
             shown.say(f"{folder} is finished; nothing is left to do.")
             metrics = dict(read_json(folder / "metrics.json"))
         else:

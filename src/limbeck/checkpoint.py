@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from limbeck.run import commit_folder, disk_errors, file_sha256, read_json, sweep
+from limbeck.errors import Problem, UsageError
+from limbeck.run import commit_folder, discard, disk_errors, file_sha256, read_json, sweep
 
-__all__ = ["load_newest", "pack", "save", "unpack"]
+__all__ = ["load_newest", "pack", "refuse_newer", "save", "unpack"]
 
 FORMAT = 1
 KEEP = 2
@@ -88,7 +89,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in _committed(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
     return final
 
 
@@ -97,7 +98,10 @@ def load_newest(folder: Path, say: Callable[[str], None] = lambda text: None) ->
     sweep(folder)
     for candidate in reversed(_committed(folder)):
         try:
-            manifest = read_json(candidate / "manifest.json")
+            text = (candidate / "manifest.json").read_text(encoding="utf-8")
+            manifest = json.loads(text)
+            if json.dumps(manifest) != text:
+                raise ValueError("manifest.json is not what was written")
             if manifest["format"] != FORMAT:
                 raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
             for name in ("state.json", "state.safetensors"):
@@ -110,6 +114,23 @@ def load_newest(folder: Path, say: Callable[[str], None] = lambda text: None) ->
         except (OSError, ValueError, KeyError, TypeError) as e:
             say(f"Checkpoint {candidate} is passed over: {e}.")
     return None
+
+
+def refuse_newer(folder: Path) -> None:
+    """Raises: UsageError where a checkpoint in any role's folder under ``folder`` is whole and of a later format: it would be lost otherwise."""
+    for path in sorted(folder.glob("*/step-*/manifest.json")):
+        try:
+            found = read_json(path)["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(found, int) and found > FORMAT:
+            raise UsageError(
+                Problem(
+                    "--resume",
+                    f"{path.parent} has format {found}, and this version of Limbeck reads {FORMAT}.",
+                    "Go on with the version that wrote it (pip install -U limbeck), or name another --out.",
+                )
+            )
 
 
 def _committed(folder: Path) -> list[Path]:

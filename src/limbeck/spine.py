@@ -16,7 +16,7 @@ import torch
 
 from limbeck import checkpoint
 from limbeck._choices import explicit, resolved, snapshot, student_choice
-from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, refuse_taken, same_run
+from limbeck._folder import Stop, begun_seeds, finished, make, matches, next_free, put_away, refuse_taken, same_run
 from limbeck._parts import Parts
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
@@ -38,7 +38,7 @@ from limbeck.analysis import analyse
 from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
 from limbeck.engine import Engine, check_precision, choose_device
-from limbeck.errors import Problem, Stopped, UsageError
+from limbeck.errors import Interrupted, Problem, Stopped, UsageError
 from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Feed, Recorder, Trained, fit
@@ -48,7 +48,7 @@ from limbeck.progress import Progress
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
-from limbeck.run import Log, check_trackers, commit_folder, join_logs, provenance, read_json, sweep, write_atomic, write_json
+from limbeck.run import Log, check_trackers, commit_folder, discard, join_logs, provenance, read_json, sweep, write_atomic, write_json
 from limbeck.teacher import LiveTeacher, Meter, Teacher
 
 __all__ = ["Job", "execute", "run_into", "run_recipe"]
@@ -116,6 +116,7 @@ def run_into(
     with Progress(progress) as shown:
         if finished(out):
             same_run(out, recipe, seeds)
+            put_away(out)
             shown.say(f"{out} is finished; nothing is left to do.")
             return dict(read_json(out / "metrics.json"))
         job = job_of(recipe, base, out, resume=resume, seeds=seeds, verify_cache=verify_cache)
@@ -288,8 +289,9 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
     sweep(job.out)
     with stop.listening():
         if recorded is None:
-            write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
+            # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
             write_json(job.out / "environment.json", {"facts": begun.facts})
+            write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
         if begun.model is not None and begun.to_train:
             begun.model, resumed["teacher"] = _train_teacher(job, begun.model, begun.device, progress, stop, cost)
             begun.columns = None
@@ -306,7 +308,11 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str,
             stop.between("the next part of the teacher's answers")
 
         asked = recorded[0] if recorded is not None and known else recipe
-        teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
+        try:
+            teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
+        except Interrupted:
+            cost.keep()  # of the part that was not finished too
+            raise
         cost.cached = teacher if isinstance(teacher, CachedTeacher | TableTeacher) else None
         shared = _Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed)
         if begun.table is not None and begun.table.test is not None:
@@ -492,6 +498,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
         steps = [step for found in resumed.values() for step in found]
+        stop.between("the evaluation")
         environment = {**shared.environment, "seed": recipe.seed, "resumed_from": steps, "resumed": resumed}
         write_json(folder / "environment.json", environment)
 
@@ -519,6 +526,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
                 )
             except Stopped as e:  # what was trained and measured is kept and reported; the exit code still says that the export failed
                 failure = e
+            stop.between("the report")  # an exporter may have taken the signal for a failure of its own
             shared.exact.place(student.module)
             student.module.load_state_dict(trained["student"][1])
         result = seed_metrics(
@@ -542,7 +550,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
     write_report([folder], folder / "report.html")
     if failure is not None:
         raise failure
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    discard(folder / "checkpoints")
     return result
 
 
@@ -568,7 +576,8 @@ def _train_role(
         feed = parts.feed(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher), **how)
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep)
-    return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes)
+    with shared.stop.steps():
+        return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes)
 
 
 def _fit_once(
@@ -637,7 +646,9 @@ def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Pro
         validate = own.validation(teacher, engine)
         recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep)
         feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
-        trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes)
+        with stop.steps():
+            trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes)
+        stop.between("the training of the student")
     finally:
         log.close()
     teacher.weights_sha256 = state_hash(teacher.module)
@@ -669,6 +680,7 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
         child = job.out / f"seed-{seed}"
         children.append(child)
         if finished(child):
+            put_away(child)
             results.append(read_json(child / "metrics.json"))
             continue
         shared.progress.say(f"seed {seed}")
@@ -688,7 +700,7 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
     write_json(job.out / "environment.json", {**shared.environment, **about})
     write_json(job.out / "metrics.json", result)
     write_report([job.out], job.out / "report.html")
-    shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
+    discard(job.out / "checkpoints")
     return result
 
 

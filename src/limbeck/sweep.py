@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck._folder import finished, make, read_recipe, refuse_taken, same_run
+from limbeck._folder import finished, make, put_away, read_recipe, refuse_taken, same_run
 from limbeck._recipe_check import differences as differing
 from limbeck._recipe_merge import expand_names
 from limbeck.again import export_run
@@ -206,6 +206,7 @@ def sweep(
                 recipe = _as_measured(recipe, lender)
             if finished(folder):
                 same_run(folder, recipe, seeds)
+                put_away(folder)
                 metrics = dict(read_json(folder / "metrics.json"))
             else:
                 key = json.dumps([recipe.data.model_dump(mode="json"), recipe.task])
