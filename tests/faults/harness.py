@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -94,10 +95,8 @@ class Child:
         self.pid = int(server().ask(order)["pid"])
 
     def send(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)  # not reaped yet: the id is its own
-        except ProcessLookupError:
-            pass
 
     def wait(self) -> int:
         """Its exit code, negative for a signal."""

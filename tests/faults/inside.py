@@ -81,11 +81,11 @@ def note_stage(path: str, stage: str) -> None:
     import time
 
     def around(real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-        _append(path, {"stage": stage, "at": time.monotonic(), "in": True})
+        _append(path, {"stage": stage, "at": time.monotonic(), "cpu": time.process_time(), "in": True})
         try:
             return real(*arguments, **more)
         finally:
-            _append(path, {"stage": stage, "at": time.monotonic(), "in": False})
+            _append(path, {"stage": stage, "at": time.monotonic(), "cpu": time.process_time(), "in": False})
 
     for owner, name in STAGES[stage]:
         _wrap(owner, name, around)
@@ -100,6 +100,18 @@ def note_ids(path: str) -> None:
             yield request, batch
 
     _wrap("limbeck.loop", "stream", stream)
+
+
+def save_checkpoints(folder: str, path: str) -> None:
+    """In place of a run: four checkpoints, one after the other; ``path`` says which have been committed."""
+    import torch
+
+    from limbeck import checkpoint
+
+    for step in (1, 2, 3, 4):
+        checkpoint.save(Path(folder), step, {"a": torch.full((300,), float(step)), "nested": [{"b": torch.arange(step)}, step]})
+        _append(path, {"step": step})
+    os._exit(0)
 
 
 def kill_at_batch(count: int) -> None:

@@ -42,7 +42,7 @@ def trial(lab: Lab, case: Case, stage: str | None, number: int, twice: bool, cha
     if code != 75:
         wrong.append(f"it left with {code}: {run.said()[-2000:]}")
     after = {role: steps(run.out, role) for role in ("student", "baseline")}
-    committed = {role: step for role, step in run.stopped()}
+    committed = dict(run.stopped())
     for role, known in before.items():
         if len(after[role]) > len(known) + 2:  # one that was underway, and one that ended between looking and asking
             wrong.append(f"it went on from step {known[-1:]} to {after[role][-1:]} of the {role}")

@@ -7,12 +7,15 @@ OpenMP work may hang, so the server itself computes nothing and has one thread.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
 import os
 import signal
 import sys
+import threading
+import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -88,7 +91,7 @@ def _imported(name: str) -> bool:
 
 
 def _child(order: dict[str, Any]) -> None:
-    """Never returns: leaves the interpreter as a program of its own would."""
+    """Never returns. Leaves as a program of its own would, but for taking every imported module down, which is much of a short run's time."""
     os.environ.update(order["environment"])
     file = os.open(order["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -101,7 +104,18 @@ def _child(order: dict[str, Any]) -> None:
 
     for module, function, arguments in order["patches"]:
         getattr(importlib.import_module(module), function)(*arguments)
-    limbeck(order["arguments"])
+    try:
+        limbeck(order["arguments"])
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":
