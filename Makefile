@@ -3,6 +3,7 @@
 #   make demo         install into .venv, then `limbeck demo`: a teacher, a student, a verdict, an ONNX file, a report
 #   make test         install into .venv, then ruff, mypy --strict, the import rules and the whole test suite
 #   make mutants      break the code on purpose in known ways; at least one test must go red for each
+#   make faults       stop runs in every way and at every instant; the table in docs/reliability.md (hours; one row: make faults ROWS=R4)
 #   make cifar-pair   fetch CIFAR-10, train a teacher, distil it, 3 seeds (about two hours on 2 cores, in the foreground)
 #   make r8           fetch R8 and MiniLM, fine-tune it, distil it into 2 layers, 3 seeds
 #   make bench        measure speed against a plain loop and other libraries; docs/benchmarks.md (up to two hours on 2 quiet cores)
@@ -17,10 +18,10 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 RUNS   ?= runs
 
-.PHONY: demo test lint mutants cifar-pair r8 bench clean help
+.PHONY: demo test lint mutants faults cifar-pair r8 bench clean help
 
 help:
-	@sed -n '3,9p' Makefile | sed 's/^# *//'
+	@sed -n '3,10p' Makefile | sed 's/^# *//'
 
 # torch and torchvision are installed together and first: installed apart they need not fit each other.
 $(STAMP): pyproject.toml
@@ -49,6 +50,9 @@ test: lint
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants.py
+
+faults: $(STAMP)
+	$(BIN)/python tests/faults/run.py $(ROWS)
 
 cifar-pair: $(STAMP)
 	$(BIN)/python benchmarks/fetch.py cifar10

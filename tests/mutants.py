@@ -54,6 +54,7 @@ VIEWS = ("unit/test_data_views.py",)
 BATCHES = ("unit/test_data_batches.py",)
 SPLITS = ("unit/test_data_splits.py",)
 CHECKPOINT = ("unit/test_checkpoint.py",)
+CRASHED = ("faults/test_faults.py::test_r4_a_crash_after_every_event_of_a_checkpoint",)
 
 MUTANTS = (
     # --- losses
@@ -328,6 +329,7 @@ MUTANTS = (
     Mutant(
         "checkpoint-not-checked", "checkpoint.py", 'if file_sha256(candidate / name) != manifest["files"][name]:', "if False:", CHECKPOINT
     ),
+    Mutant("half-removed-under-its-name", "checkpoint.py", "        discard(old)", "        shutil.rmtree(old)", CRASHED),
     Mutant("moments-lose-their-strides", "checkpoint.py", "value.stride() != parameter.stride()", "False", CHECKPOINT),
     Mutant("resume-on-other-data", "_folder.py", "if before is not None and before != now:", "if False:", BASELINE),
     # --- the spine: fair baseline, honest numbers, the right file

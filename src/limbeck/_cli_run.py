@@ -6,30 +6,36 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import typer
 
-from limbeck.errors import LimbeckError, Problem, UsageError, nearest
+from limbeck.errors import Interrupted, LimbeckError, Problem, UsageError, nearest
 
 # Newer versions of typer carry click inside; the base of its exceptions is reached through one that typer exports in all versions.
 _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 USAGE, BUG, INTERRUPTED = 2, 1, 130
 
+_RESUMABLE = ("distill", "train", "label", "sweep")  # what a signal stops is done by the same command, run again
+
 
 def call(command: Any, arguments: Sequence[str], program: str) -> int:
     """Runs a click command; returns the exit code of the process. Bugs pass through with their traceback, unless --json asks for JSON."""
     as_json = "--json" in arguments
     arguments = list(arguments) or ["--help"]
+    resumable = arguments[0] in _RESUMABLE
     if arguments[0] in command.commands:
         # Straight to it: the way through the group makes some versions of typer import pydantic, for --help too.
         command, program, arguments = command.commands[arguments[0]], f"{program} {arguments[0]}", arguments[1:]
     try:
-        result = command.main(args=arguments, prog_name=program, standalone_mode=False, help_option_names=["-h", "--help"])
+        with _leaving(as_json) if resumable else contextlib.nullcontext():
+            result = command.main(args=arguments, prog_name=program, standalone_mode=False, help_option_names=["-h", "--help"])
         if result == INTERRUPTED:  # how newer versions of typer tell of Ctrl-C
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -49,6 +55,38 @@ def call(command: Any, arguments: Sequence[str], program: str) -> int:
             raise
         traceback.print_exc()
         return _document(True, type(error).__name__, BUG, str(error), [])
+
+
+@contextlib.contextmanager
+def _leaving(as_json: bool) -> Iterator[None]:
+    """SIGTERM and SIGINT end the process with 75, before a run has begun to write and after it has written everything.
+
+    An exception would not do: raised while a library is being imported, it may come out as another one, or not at all.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    error = Interrupted("Stopped by a signal while nothing was being written; what was finished before is kept.")
+    document = json.dumps({"error": {"kind": "Interrupted", "exit_code": 75, "message": str(error), "problems": []}}, indent=2) + "\n"
+    out = os.dup(1) if as_json and os.environ.get("RANK", "0") == "0" else None  # descriptor 1 is led elsewhere meanwhile
+
+    def leave(number: int, frame: object) -> None:
+        os.write(2, f"{error}\n".encode())
+        if out is not None:
+            os.write(out, document.encode())
+        os._exit(error.exit_code)
+
+    old: dict[signal.Signals, Any] = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except Interrupted:
+        old = dict.fromkeys(old, signal.SIG_IGN)  # the process is leaving: another signal would only change its exit code
+        raise
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        if out is not None:
+            os.close(out)
 
 
 def emit(result: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:

@@ -15,9 +15,20 @@ from limbeck.errors import Interrupted, Problem, UsageError
 from limbeck.ranks import ALONE, Ranks
 from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe
-from limbeck.run import disk_errors, is_left_over, read_json
+from limbeck.run import discard, disk_errors, is_left_over, read_json, sweep
 
-__all__ = ["Stop", "already", "begun_seeds", "finished", "finished_metrics", "matches", "next_free", "refuse_taken", "same_run"]
+__all__ = [
+    "Stop",
+    "already",
+    "begun_seeds",
+    "finished",
+    "finished_metrics",
+    "matches",
+    "next_free",
+    "put_away",
+    "refuse_taken",
+    "same_run",
+]
 
 
 def finished(folder: Path) -> bool:
@@ -29,7 +40,17 @@ def finished(folder: Path) -> bool:
 
 def finished_metrics(folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run, None of another."""
-    return dict(read_json(folder / "metrics.json")) if finished(folder) else None
+    if not finished(folder):
+        return None
+    put_away(folder)
+    return dict(read_json(folder / "metrics.json"))
+
+
+def put_away(folder: Path) -> None:
+    """Remove what a run that was killed while it tidied up at its end has left; a finished run needs no checkpoints."""
+    sweep(folder)
+    for checkpoints in [folder / "checkpoints", *folder.glob("seed-*/checkpoints")]:
+        discard(checkpoints)
 
 
 def next_free(root: Path, name: str) -> Path:
@@ -113,7 +134,7 @@ def already(out: Path, recipe: Recipe, seeds: int) -> dict[str, Any] | None:
     if not finished(out):
         return None
     same_run(out, recipe, seeds)
-    return dict(read_json(out / "metrics.json"))
+    return finished_metrics(out)
 
 
 def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
@@ -141,10 +162,11 @@ _TAPS = 2.0  # seconds within which signals are one request: a person taps twice
 
 
 class Stop:
-    """SIGTERM and SIGINT ask the run to leave after a checkpoint; Ctrl-C again, after two seconds, and it leaves at once."""
+    """SIGTERM and SIGINT ask the run to leave: from within ``steps`` after the step and a checkpoint; from elsewhere at once, for there
+    everything that is finished is committed. Asked again it does not lose the step, except where a person insists: Ctrl-C, after two seconds."""
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
-        self.requested, self._since, self._ranks = False, 0.0, ranks
+        self.requested, self._since, self._stepping, self._ranks = False, 0.0, False, ranks
 
     def __call__(self) -> bool:
         return self.requested
@@ -164,19 +186,29 @@ class Stop:
         return Interrupted(f"Stopped by a signal before {phase}; everything finished so far is kept.")
 
     @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Inside, whoever counts the steps looks whether a signal came, and leaves."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def _asked(self, number: int, frame: object) -> None:
+        first, now = not self.requested, time.monotonic()
+        if first:
+            self.requested, self._since = True, now
+            if not self._stepping:
+                raise Interrupted("Stopped by a signal; everything finished so far is kept.")
+        elif number == signal.SIGINT and now - self._since > _TAPS:
+            raise Interrupted("Stopped at once by a second Ctrl-C; the last checkpoint is kept.")
+
+    @contextmanager
     def listening(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-
-        def asked(number: int, frame: object) -> None:
-            now = time.monotonic()
-            if not self.requested:
-                self.requested, self._since = True, now
-            elif number == signal.SIGINT and now - self._since > _TAPS:
-                raise Interrupted("Stopped at once by a second Ctrl-C; the last checkpoint is kept.")
-
-        old = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        old = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

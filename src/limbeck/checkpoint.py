@@ -20,9 +20,9 @@ from torch import Tensor
 
 from limbeck.errors import Problem, UsageError
 from limbeck.ranks import Ranks
-from limbeck.run import commit_folder, disk_errors, file_sha256, read_json, sweep
+from limbeck.run import commit_folder, discard, disk_errors, file_sha256, read_json, sweep
 
-__all__ = ["from_main", "load_newest", "pack", "save", "unpack"]
+__all__ = ["from_main", "load_newest", "pack", "refuse_newer", "save", "unpack"]
 
 FORMAT = 1
 KEEP = 2
@@ -90,7 +90,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in _committed(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
     return final
 
 
@@ -99,7 +99,10 @@ def load_newest(folder: Path, say: Callable[[str], None] = lambda text: None) ->
     sweep(folder)
     for candidate in reversed(_committed(folder)):
         try:
-            manifest = read_json(candidate / "manifest.json")
+            text = (candidate / "manifest.json").read_text(encoding="utf-8")
+            manifest = json.loads(text)
+            if json.dumps(manifest) != text:
+                raise ValueError("manifest.json is not what was written")
             if manifest["format"] != FORMAT:
                 raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
             for name in ("state.json", "state.safetensors"):

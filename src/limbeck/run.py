@@ -27,6 +27,7 @@ __all__ = [
     "NoLog",
     "check_trackers",
     "commit_folder",
+    "discard",
     "file_sha256",
     "is_left_over",
     "join_logs",
@@ -128,6 +129,16 @@ def sweep(folder: Path) -> None:
         folders[:] = [name for name in folders if not is_left_over(Path(name))]
 
 
+def discard(folder: Path) -> None:
+    """Remove a committed folder: it loses its final name first, so that one that is half removed is a left-over. A missing one is no matter."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    try:
+        os.rename(folder, old)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON for people and scripts: two spaces, NaN and infinity as null."""
     write_atomic(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -178,8 +189,9 @@ class Log:
 
     @property
     def offset(self) -> int:
-        """Bytes written so far (flushed): what a checkpoint remembers."""
+        """Bytes written so far, and on the disk: what a checkpoint remembers."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def cut(self, offset: int) -> None:

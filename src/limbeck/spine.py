@@ -55,6 +55,7 @@ from limbeck.run import (
     NoLog,
     check_trackers,
     commit_folder,
+    discard,
     finite,
     join_logs,
     provenance,
@@ -628,6 +629,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
         steps = [step for found in resumed.values() for step in found]
+        stop.between("the evaluation")
         environment = {**shared.environment, "seed": recipe.seed, "resumed_from": steps, "resumed": resumed}
         if ranks.main:
             write_json(folder / "environment.json", environment)
@@ -661,6 +663,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
                 )
             except Stopped as e:  # what was trained and measured is kept and reported; the exit code still says that the export failed
                 failure = e
+            stop.between("the report")  # an exporter may have taken the signal for a failure of its own
             shared.exact.place(student.module)
             student.module.load_state_dict(trained["student"][1])
         result = seed_metrics(
@@ -684,7 +687,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
     write_report([folder], folder / "report.html")
     if failure is not None:
         raise failure
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    discard(folder / "checkpoints")
     return dict(ranks.from_main(lambda: finite(result)))
 
 
@@ -747,7 +750,8 @@ def _train_role(
         feed = parts.feed(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher), **how)
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep)
-    return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes, parts.ranks)
+    with shared.stop.steps():
+        return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes, parts.ranks)
 
 
 def _fit_once(
@@ -824,7 +828,9 @@ def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Pro
         validate = own.validation(teacher, engine)
         recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep)
         feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
-        trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes, ranks)
+        with stop.steps():
+            trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes, ranks)
+        stop.between("the training of the student")
     finally:
         log.close()
     teacher.weights_sha256 = state_hash(teacher.module)
@@ -879,7 +885,7 @@ def _many_seeds(job: Job, recipe: Recipe, shared: _Shared) -> dict[str, Any]:
     write_json(job.out / "environment.json", {**shared.environment, **about})
     write_json(job.out / "metrics.json", result)
     write_report([job.out], job.out / "report.html")
-    shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
+    discard(job.out / "checkpoints")
     return dict(job.ranks.from_main(lambda: finite(result)))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from limbeck import checkpoint
+from limbeck.errors import UsageError
 
 
 def state(value: float) -> dict[str, object]:
@@ -38,31 +39,43 @@ def test_every_flipped_byte_is_passed_over_for_the_one_before(tmp_path: Path, na
     checkpoint.save(tmp_path, 2, state(2))
     path = tmp_path / "step-00000002" / name
     good = path.read_bytes()
-    harmless = 0
     for i in range(len(good)):
         path.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
-        said: list[str] = []
-        found = checkpoint.load_newest(tmp_path, said.append)
-        assert found is not None
-        if found[0] == 2:  # a byte of the manifest that nothing is read from
-            assert name == "manifest.json"
-            assert found[1]["a"].tolist() == [2.0] * 3
-            harmless += 1
-        else:
-            assert "step-00000002" in said[0]
-    assert harmless < len(good) / 10
+        passed_over(tmp_path)
 
 
-def test_truncations_are_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+def test_truncations_are_passed_over(tmp_path: Path, name: str) -> None:
     checkpoint.save(tmp_path, 1, state(1))
     checkpoint.save(tmp_path, 2, state(2))
-    path = tmp_path / "step-00000002" / "state.safetensors"
+    path = tmp_path / "step-00000002" / name
     good = path.read_bytes()
     for length in range(0, len(good), 7):
         path.write_bytes(good[:length])
-        found = checkpoint.load_newest(tmp_path)
-        assert found is not None
-        assert found[0] == 1
+        passed_over(tmp_path)
+    path.write_bytes(good + b"\n")
+    passed_over(tmp_path)
+
+
+def passed_over(folder: Path) -> None:
+    """The second of two checkpoints is refused by its name, for the first."""
+    said: list[str] = []
+    found = checkpoint.load_newest(folder, said.append)
+    assert found is not None
+    assert found[0] == 1
+    assert len(said) == 1
+    assert "step-00000002 is passed over" in said[0]
+
+
+def test_one_of_a_later_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """And one that is not even JSON is no matter here: it is passed over when it is read."""
+    path = checkpoint.save(tmp_path / "student", 1, state(1)) / "manifest.json"
+    checkpoint.refuse_newer(tmp_path)
+    path.write_text("{")
+    checkpoint.refuse_newer(tmp_path)
+    path.write_text('{"format": 2}')
+    with pytest.raises(UsageError, match=r"step-00000001 has format 2, and this version of Limbeck reads 1\. .* pip install -U limbeck"):
+        checkpoint.refuse_newer(tmp_path)
 
 
 def test_left_overs_are_swept_and_never_believed(tmp_path: Path) -> None:

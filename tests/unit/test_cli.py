@@ -198,6 +198,7 @@ class TestDistill:
             (KeyboardInterrupt(), 130, "Interrupted"),
         ],
     )
+    @pytest.mark.usefixtures("handlers")
     def test_exit_codes(self, spine: dict[str, Any], capsys: pytest.CaptureFixture[str], error: Exception, code: int, kind: str) -> None:
         spine["raises"] = error
         assert limbeck("distill", *BASIC) == code

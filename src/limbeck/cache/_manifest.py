@@ -154,7 +154,11 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     body = read_sealed(folder / name)
     if body.get("format") != FORMAT:
         text = f"{folder / name} has format {body.get('format')}, and this version of Limbeck reads {FORMAT}."
-        raise UsageError(Problem("teacher_cache.path", text, "Name another path, or remove it: limbeck cache rm."))
+        raise UsageError(
+            Problem(
+                "teacher_cache.path", text, "Update Limbeck (pip install -U limbeck), name another path, or remove it: limbeck cache rm."
+            )
+        )
     if key_of(body["identity"]) != folder.name:
         raise CacheDamaged(
             folder / name, "belongs to another directory: the identity in it is not the one that gave the directory its name."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -11,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,10 +124,21 @@ def _same(item: Any) -> Any:
     return item
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(alive: Connection, _: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with, args=(alive,), name="limbeck-alive", daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal to the whole group is the main process's to handle
         signal.signal(number, signal.SIG_IGN)
+
+
+def _leave_with(alive: Connection) -> None:
+    """End this worker when the main process is gone, however it went: its end of the pipe closes then.
+
+    A worker's parent is the fork server, which outlives a main process that is killed for as long as there are workers.
+    """
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv_bytes()
+    os._exit(0)
 
 
 def _start_fork_server() -> None:
@@ -143,6 +157,7 @@ def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_me
     context.set_forkserver_preload(["limbeck.data.loader"])
     _start_fork_server()
     sampler: Any = requests
+    alive, held = context.Pipe(duplex=False)
     loader: DataLoader[Any] = DataLoader(
         _Built(builder),
         batch_size=None,
@@ -150,12 +165,13 @@ def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_me
         num_workers=workers,
         collate_fn=_same,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, alive),
         multiprocessing_context=context,
     )
     before = {p.pid for p in multiprocessing.active_children()}
     batches = iter(loader)
     processes = [p for p in multiprocessing.active_children() if p.pid not in before]
+    alive.close()  # the workers have it
     try:
         for item in batches:
             if isinstance(item, LimbeckError):
@@ -163,6 +179,7 @@ def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_me
             yield item
     finally:
         del batches  # stops the workers
+        held.close()
         for process in processes:
             if process.is_alive():  # one that hangs
                 process.kill()
