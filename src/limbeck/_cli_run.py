@@ -20,11 +20,18 @@ _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c._
 
 USAGE, BUG, INTERRUPTED = 2, 1, 130
 
+_SHARED = ("distill", "train", "label")  # what several processes that a launcher started do together
+
 
 def call(command: Any, arguments: Sequence[str], program: str) -> int:
     """Runs a click command; returns the exit code of the process. Bugs pass through with their traceback, unless --json asks for JSON."""
     as_json = "--json" in arguments
     arguments = list(arguments) or ["--help"]
+    if arguments[0] in command.commands and arguments[0] not in _SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("RANK", "0") != "0":
+            return USAGE
+        text = f"`{program} {arguments[0]}` is done by one process, and {os.environ['WORLD_SIZE']} were started."
+        return _fail(UsageError(Problem("torchrun", text, f"Start it without a launcher; it is for {', '.join(_SHARED)}.")), as_json, program)
     if arguments[0] in command.commands:
         # Straight to it: the way through the group makes some versions of typer import pydantic, for --help too.
         command, program, arguments = command.commands[arguments[0]], f"{program} {arguments[0]}", arguments[1:]
