@@ -13,7 +13,7 @@ START, END = "<!-- rows -->", "<!-- /rows -->"
 
 def write(*, check: bool = False) -> int:
     """Put the table between the two marks; ``check``: only say whether it stands there."""
-    results = sorted((read_json(path) for path in RESULTS.glob("bench-P*.json")), key=lambda r: int(r["id"][1:]))
+    results = sorted((read_json(path) for path in RESULTS.glob("bench-*.json")), key=lambda r: (r["id"][0], int(r["id"][1:])))
     text = PAGE.read_text()
     head, _, rest = text.partition(START)
     _, _, tail = rest.partition(END)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from speed import cifar, grid, scale, steps, store, text
+from speed import cifar, grid, ranks, scale, steps, store, text
 from speed.notes import NOTES
 
 
@@ -65,6 +65,8 @@ ROWS = {
         "auto within 5 % of the best of the grid, never slower than float32 eager",
         grid.shares,
     ),
+    "S1": Row("2 ranks of 1 thread, CIFAR-10 pair, batch 128", "1 rank of 2 threads", "at least 0.85x as fast", ranks.scaling),
+    "S2": Row("2 ranks of 1 thread, CIFAR-10 pair, batch 128", "plain DDP loop of 2 ranks", "at most 1.03x its time", ranks.against_ddp),
 }
 
 

@@ -23,12 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Turn:
-    """A side's end. ``steps``: how many optimiser steps a turn has."""
+    """A side's end. ``steps``: how many optimiser steps a turn has. Of several ranks the first one takes turns; the others wait for it in their
+    next common step."""
 
     def __init__(self, steps: int) -> None:
         self._steps, self._done, self._began = steps, 0, 0.0
-        self._from = os.fdopen(int(os.environ["TURN_FROM"]))
-        self._to = os.fdopen(int(os.environ["TURN_TO"]), "w")
+        self._speaks = "TURN_FROM" in os.environ
+        if self._speaks:
+            self._from = os.fdopen(int(os.environ["TURN_FROM"]))
+            self._to = os.fdopen(int(os.environ["TURN_TO"]), "w")
 
     def begin(self) -> None:
         """Everything is loaded: wait for the first turn."""
@@ -47,10 +50,11 @@ class Turn:
         self._say({"end": {**facts, "steps": self._done, "peak_bytes": peak_bytes()}})
 
     def _say(self, message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=self._to, flush=True)
+        if self._speaks:
+            print(json.dumps(message), file=self._to, flush=True)
 
     def _wait(self) -> None:
-        if not self._from.readline():  # nobody listens any more
+        if self._speaks and not self._from.readline():  # nobody listens any more
             sys.exit(1)
         self._began = time.perf_counter()
 
@@ -58,11 +62,13 @@ class Turn:
 class Side:
     """A side, seen from where turns are given."""
 
-    def __init__(self, name: str, script: str, config: dict[str, Any], python: str = sys.executable) -> None:
+    def __init__(self, name: str, script: str, config: dict[str, Any], python: str = sys.executable, threads: int | None = None) -> None:
         self.name, self.key = name, config["name"]
         to_side, from_side = os.pipe(), os.pipe()
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "TURN_FROM": str(to_side[0]), "TURN_TO": str(from_side[1]), "PYTHONPATH": os.pathsep.join(path)}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         self._log = Path(config["out"]) / f"{config['name']}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         command = [python, str(ROOT / "speed/sides" / script), json.dumps(config)]

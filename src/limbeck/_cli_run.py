@@ -22,7 +22,8 @@ _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c._
 
 USAGE, BUG, INTERRUPTED = 2, 1, 130
 
-_RESUMABLE = ("distill", "train", "label", "sweep")  # what a signal stops is done by the same command, run again
+_RESUMABLE = ("distill", "train", "label", "sweep")
+"""What a signal stops is done by the same command, run again; and what several processes that a launcher started do together."""
 
 
 def call(command: Any, arguments: Sequence[str], program: str) -> int:
@@ -30,6 +31,13 @@ def call(command: Any, arguments: Sequence[str], program: str) -> int:
     as_json = "--json" in arguments
     arguments = list(arguments) or ["--help"]
     resumable = arguments[0] in _RESUMABLE
+    if arguments[0] in command.commands and arguments[0] not in _RESUMABLE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("RANK", "0") != "0":
+            return USAGE
+        text = f"`{program} {arguments[0]}` is done by one process, and {os.environ['WORLD_SIZE']} were started."
+        return _fail(
+            UsageError(Problem("torchrun", text, f"Start it without a launcher; it is for {', '.join(_RESUMABLE)}.")), as_json, program
+        )
     if arguments[0] in command.commands:
         # Straight to it: the way through the group makes some versions of typer import pydantic, for --help too.
         command, program, arguments = command.commands[arguments[0]], f"{program} {arguments[0]}", arguments[1:]

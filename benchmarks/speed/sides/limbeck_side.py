@@ -8,6 +8,7 @@ lacks, instead of the first step (P4, P5).
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -66,9 +67,13 @@ def main() -> None:
         recorder = replace(recorder, stop=stop, validate=None)
         begin()
         loop(student, teacher, objective, feed, engine, settings, seed, recorder, **more)
+        if int(os.environ.get("RANK", "0")):
+            os._exit(0)
         weights = Path(config["out"]) / f"{config['name']}.safetensors"
         save_file({k: v.contiguous() for k, v in student.module.state_dict().items()}, weights)
         turn.end(engine=engine.label())
+        if "RANK" in os.environ:
+            os._exit(0)  # leaving in order would wait for the other ranks
         sys.exit(0)  # the rest of the run is not measured
 
     spine.fit, spine.keep_answers = fit, fill_first  # type: ignore[assignment]

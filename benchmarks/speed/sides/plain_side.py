@@ -6,16 +6,19 @@
   fused optimiser, a cosine schedule with warm-up; the loss is looked at every 10 steps, as Limbeck logs it.
 - Nothing else: no validation, no checkpoint, no check for NaN.
 
-``student_only``: no teacher, cross entropy alone: the floor of every row.
+``student_only``: no teacher, cross entropy alone: the floor of every row. Started as one of several ranks, it is the loop with
+DistributedDataParallel around the student, as PyTorch's documentation has it, each rank taking an equal part of every batch.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 
 import torch
+import torch.distributed as dist
 from speed.sides.prepared import Work, keep
 from speed.turns import Turn
 from torch import Tensor
@@ -47,6 +50,11 @@ def main() -> None:
     images, labels = padded(work, about["crop"]), torch.from_numpy(work.y)
     student = work.model("student").train()
     teacher = None if config.get("student_only") else work.model("teacher").eval()
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    model = student
+    if size > 1:
+        dist.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(student)
     last = about["layout"] == "channels_last"
     temperature, alpha = about["temperature"], about["alpha"]
     parameters = list(student.parameters())
@@ -65,12 +73,13 @@ def main() -> None:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     turn.begin()
-    for step, chosen in enumerate(rows):
+    for step, batch in enumerate(rows):
+        chosen = batch[rank * len(batch) // size : (rank + 1) * len(batch) // size]
         x, y = views(images[chosen], about["crop"], about["flip"]), labels[chosen]
         if last:
             x = x.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
-        answers = student(x)
+        answers = model(x)
         loss = functional.cross_entropy(answers, y)
         if teacher is not None:
             with torch.inference_mode():
@@ -86,7 +95,10 @@ def main() -> None:
         if (step + 1) % 10 == 0:
             print(f"step {step + 1}: loss {loss.item():.4f}")
         turn.step()
-    keep(student, config)
+        if size > 1 and (step + 1) % config["steps"] == 0:
+            dist.barrier()  # no rank works in another side's turn
+    if rank == 0:
+        keep(student, config)
     turn.end()
 
 

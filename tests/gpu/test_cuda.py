@@ -1,0 +1,201 @@
+"""What only a GPU can show. `make gpu` runs these; without a CUDA device they are skipped."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from running import lines, make_folder, read, recipe, run, start
+
+DEVICES = torch.cuda.device_count() if torch.cuda.is_available() else 0
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES, reason="needs a CUDA device")]
+two = pytest.mark.skipif(DEVICES < 2, reason=f"needs 2 CUDA devices, and there are {DEVICES}")
+
+PLAIN: dict[str, Any] = {
+    "teacher": {"model": "python:nets.py:plain"},
+    "student": {"model": "python:nets.py:plain"},
+    "train": {"optimizer": "sgd", "precision": "float64", "epochs": 3, "batch_size": 16},
+}
+
+
+def distance(one: Path, other: Path) -> float:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return max(float(np.abs(a[k].astype(np.float64) - b[k]).max()) for k in a)
+
+
+def torchrun(size: int, *arguments: Any) -> str:
+    """What two ranks under torchrun printed to standard error; they succeed."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m", "limbeck")
+    process = start(*arguments, program=launcher)
+    _, said = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    return said
+
+
+@two
+def test_two_ranks_over_nccl_end_in_the_weights_of_one(tmp_path: Path) -> None:
+    path = recipe(make_folder(tmp_path, train=50), **PLAIN)
+    run("distill", path, out=tmp_path / "one")
+    torchrun(2, "distill", path, "--out", tmp_path / "two")
+    for role in ("student", "baseline"):
+        assert distance(tmp_path / "one" / role, tmp_path / "two" / role) < 1e-9
+    environment = read(tmp_path / "two/environment.json")
+    assert environment["world_size"] == 2
+    assert environment["device"].startswith("cuda")
+
+
+@two
+def test_a_rank_takes_the_device_of_its_number_on_the_machine(tmp_path: Path) -> None:
+    """Each rank writes down on which device its student is trained."""
+    folder = make_folder(tmp_path)
+    note = """
+
+class Noting(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        if self.training:
+            with open(os.environ["NOTE"] + os.environ["RANK"], "w") as file:
+                file.write(f"{x.device} {self.head.weight.device}")
+        return self.head(x.flatten(1))
+
+
+def noting(num_classes=3):
+    return Noting(num_classes)
+"""
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + note)
+    path = recipe(folder, **{**PLAIN, "student": {"model": "python:nets.py:noting"}, "baseline": False})
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "limbeck")
+    process = start("distill", path, "--out", tmp_path / "run", program=launcher, NOTE=str(tmp_path / "rank-"))
+    _, said = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["cuda:0 cuda:0", "cuda:1 cuda:1"]
+
+
+def between_steps(monkeypatch: pytest.MonkeyPatch, step: Callable[[int], None]) -> None:
+    """``step(n)`` is called after the n-th optimiser step of a fit, n from 1 on."""
+    from limbeck import spine
+
+    real = spine.fit
+
+    def fit(*given: Any, **named: Any) -> Any:
+        arguments = list(given)
+        at = next(i for i, value in enumerate(arguments) if hasattr(value, "checkpoints"))
+        done = 0
+
+        def stop() -> bool:
+            nonlocal done
+            done += 1
+            step(done)
+            return False
+
+        arguments[at] = replace(arguments[at], stop=stop)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(spine, "fit", fit)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+@pytest.mark.parametrize("teacher", ["live", "cached"])
+def test_a_step_reads_nothing_back(precision: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises at a call that makes the host wait for the device. 12 steps of one epoch, nothing logged; the first and the last are left out."""
+
+    def step(done: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 1 <= done < 11 else "default")
+
+    between_steps(monkeypatch, step)
+    cache = {"mode": "off"} if teacher == "live" else {"path": str(tmp_path / "cache"), "views": 1}
+    path = recipe(
+        make_folder(tmp_path, train=12 * 16),
+        train={"epochs": 1, "precision": precision, "log_every": 1000, "checkpoint_every": 1000, "clip_norm": 1.0, "ema": 0.9},
+        teacher_cache=cache,
+    )
+    try:
+        run("distill", path, out=tmp_path / "run")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_batches_come_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from limbeck.engine import Engine
+
+    seen: list[bool] = []
+    real = Engine.send
+
+    def send(self: Engine, batch: Any) -> Any:
+        if torch.is_grad_enabled():  # in the loop
+            seen.append(all(v.is_pinned() for v in batch.student.values()))
+        return real(self, batch)
+
+    monkeypatch.setattr(Engine, "send", send)
+    run("distill", recipe(make_folder(tmp_path)), out=tmp_path / "run")
+    assert read(tmp_path / "run/environment.json")["choices"]["pin_memory"]["value"]
+    assert seen
+    assert all(seen)
+
+
+def test_bf16_keeps_float32_weights_and_stays_near(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    for precision in ("float32", "bf16"):
+        path = recipe(folder, f"{precision}.yaml", train={"precision": precision, "lr": 0.01})
+        run("distill", path, out=tmp_path / precision)
+        assert read(tmp_path / precision / "environment.json")["precision"] == precision
+    a, b = (load_file(tmp_path / name / "student/model.safetensors") for name in ("float32", "bf16"))
+    assert {v.dtype for v in b.values()} <= {np.dtype(np.float32), np.dtype(np.int64)}
+    assert max(float(np.abs(a[k] - b[k]).max()) for k in a) < 0.1
+    assert any((a[k] != b[k]).any() for k in a)
+
+
+def test_an_fp16_step_that_overflows_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a scale of 2^24 the first gradients are beyond a half's 65,504: those steps are left out, the scale halves, and the training goes on."""
+    from limbeck.engine import Engine
+
+    scalers: list[torch.amp.GradScaler] = []
+    real = Engine.scaler
+
+    def scaler(self: Engine) -> torch.amp.GradScaler:
+        made = real(self)
+        if made.is_enabled():
+            made = torch.amp.GradScaler("cuda", init_scale=2.0**24)
+        scalers.append(made)
+        return made
+
+    monkeypatch.setattr(Engine, "scaler", scaler)
+    path = recipe(make_folder(tmp_path), train={"precision": "fp16", "epochs": 4, "lr": 0.01}, baseline=False)
+    run("distill", path, out=tmp_path / "run")
+    assert scalers[-1].get_scale() < 2.0**24
+    losses = [line["loss"] for line in lines(tmp_path / "run", "student") if "loss" in line]
+    assert len(losses) == 4 * 3  # every step is in the log, the ones left out too
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+
+
+def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """On one device, float32: what a resume brings back includes what lives on the device."""
+    folder = make_folder(tmp_path)
+    path = recipe(
+        folder, student={"model": "python:nets.py:student", "options": {"dropout": 0.3}}, train={"epochs": 3, "checkpoint_every": 100}
+    )
+    run("distill", path, out=tmp_path / "quiet")
+    process = start("distill", path, "--out", tmp_path / "run", SLOW="0.2")
+    while process.poll() is None and not any("loss" in line for line in lines(tmp_path / "run", "student")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert process.returncode == 75
+    run("distill", path, "--resume", out=tmp_path / "run")
+    for role in ("student", "baseline"):
+        a, b = (load_file(tmp_path / name / role / "model.safetensors") for name in ("quiet", "run"))
+        assert all((a[k] == b[k]).all() for k in a)
