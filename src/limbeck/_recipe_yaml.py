@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     name = str(path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UsageError(Problem(name, "is a folder, expected a recipe file (YAML)."))
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -202,7 +203,7 @@ def _neighbour(path: Path) -> str:
 
     folder = path.parent
     try:
-        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        names = [p.name for p in folder.iterdir()] if os.path.isdir(folder) else []
     except OSError:
         names = []
     return nearest(path.name, names[:2000])

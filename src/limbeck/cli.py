@@ -6,6 +6,7 @@ recipe judges them, so that all mistakes of a command line are told at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -442,7 +443,7 @@ def report(
     problems += [Problem(run, "is named twice.") for run in twice]
     # A comparison does not take the place of the first run's own report.
     target = Path(out) if out else folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "comparison.html"
-    if out == "" or target.is_dir():
+    if out == "" or os.path.isdir(target):
         problems.append(Problem("--out", f"got '{out}', expected the name of an .html file."))
     _raise(problems)
     from limbeck.report import write_report
@@ -518,7 +519,7 @@ def convert(
     The one command that opens a pickle, and weights only.
     """
     problems = []
-    if not Path(source).is_file():
+    if not os.path.isfile(source):
         problems.append(_no_such(Path(source), "file"))
     if Path(target).suffix != ".safetensors":
         problems.append(Problem("", f"got the target '{target}', expected a name that ends in .safetensors."))
@@ -547,7 +548,7 @@ def _run(
     wrong, verify = _whole("--verify-cache", asked.verify_cache, 0, 1_000_000)
     problems += [*wrong, *_out_problems(asked.out, asked.resume)]
     folder = _folder(asked.out)
-    if asked.resume and recipe is None and folder is not None and (folder / "recipe.yaml").is_file() and not _any(options, sets):
+    if asked.resume and recipe is None and folder is not None and os.path.isfile(folder / "recipe.yaml") and not _any(options, sets):
         recipe = str(folder / "recipe.yaml")
     loaded, base = _loaded(command, recipe, options, sets, problems)
     from limbeck.spine import run_recipe
@@ -601,8 +602,8 @@ def _out_problems(out: str | None, resume: bool) -> list[Problem]:
     if not out.strip():
         return [Problem("--out", "got an empty name, expected a folder.")]
     path = Path(out)
-    first = next((p for p in [path, *path.parents] if p.exists()), None)
-    if first is not None and not first.is_dir():
+    first = next((p for p in [path, *path.parents] if os.path.exists(p)), None)
+    if first is not None and not os.path.isdir(first):
         return [Problem("--out", f"'{first}' is a file, expected a folder.")]
     return []
 
@@ -620,7 +621,7 @@ def _run_folder(run: str, problems: Iterable[Problem] = ()) -> Path:
 
 def _check_run(run: str, problems: list[Problem]) -> Path:
     folder = Path(run)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         problems.append(_no_such(folder, "folder"))
     elif not (folder / "recipe.yaml").is_file():
         problems.append(Problem("", f"'{run}' is not a run: it has no recipe.yaml."))
@@ -630,9 +631,9 @@ def _check_run(run: str, problems: list[Problem]) -> Path:
 
 
 def _no_such(path: Path, kind: str) -> Problem:
-    if path.exists():
+    if os.path.exists(path):
         return Problem("", f"'{path}' is not a {kind}.")
-    beside = [p.name for p in path.parent.iterdir()][:2000] if path.parent.is_dir() else []
+    beside = [p.name for p in path.parent.iterdir()][:2000] if os.path.isdir(path.parent) else []
     return Problem("", f"no such {kind}: '{path}'.", nearest(path.name, beside))
 
 

@@ -52,8 +52,10 @@ def read_folder(
 
     A folder without ``train/`` is one split of class folders. ``val/`` alone is the test split. ``role``: a further folder for that split.
     """
-    if not root.is_dir():
-        problems.append(Problem(str(root), "there is no such folder." if not root.exists() else "it is a file; a folder is expected."))
+    if not os.path.isdir(root):
+        problems.append(
+            Problem(str(root), "there is no such folder." if not os.path.exists(root) else "it is a file; a folder is expected.")
+        )
         return {}, None
     found: dict[Role, Path] = {}
     if role is None:

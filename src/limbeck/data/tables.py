@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_tables(
 
     In a folder, files or sub-folders named after splits (``train-0.parquet``, ``test/``) are those splits; otherwise all are one split.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         problems.append(Problem(str(path), "there is no such file.", nearest(path.name, _neighbours(path))))
         return {}, None
     files = [path]
@@ -84,7 +85,7 @@ def read_tables(
 
 
 def _neighbours(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
 
 
 def _split_of_file(file: Path, root: Path) -> Role | None:

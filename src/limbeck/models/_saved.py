@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +34,15 @@ def save_model(model: Model, folder: Path, classes: tuple[str, ...]) -> None:
     plain ``state_dict`` names. ``model.json`` beside it says how to build the module, how it wants its inputs, its classes, and the
     SHA-256 of every file. classes: the names of the outputs, in order. Raises ``DiskFull``.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with disk_errors(folder), _full_disk():
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
             _write(model, temporary, classes)
         commit_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _full_disk() -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as e:
-        if "os error 28" in str(e) or "No space left" in str(e):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
-        raise
 
 
 def _write(model: Model, folder: Path, classes: tuple[str, ...]) -> None:
