@@ -103,6 +103,7 @@ def demo(out: Out = None, json: Json = False) -> None:
     """The main job on digits, from nothing, in about a minute."""
 
     def work() -> dict[str, Any]:
+        _raise(_out_problems(out, resume=False))
         from limbeck.demo import demo as run_demo
 
         return dict(run_demo(_folder(out)))

@@ -174,14 +174,22 @@ def outcome(disk: Path) -> dict[str, str]:
     from running import digest
 
     run = disk / "run"
-    files = [*sorted(run.glob("student/*.safetensors")), *sorted(run.glob("baseline/*.safetensors")), *sorted(p for p in run.glob("export/model.*") if p.suffix != ".json")]
+    files = [
+        *sorted(run.glob("student/*.safetensors")),
+        *sorted(run.glob("baseline/*.safetensors")),
+        *sorted(p for p in run.glob("export/model.*") if p.suffix != ".json"),
+    ]
     files += sorted((disk / "teachers").rglob("*.arrow"))
     found = {str(p.relative_to(disk)): digest(p) for p in files}
     metrics = json.loads((run / "metrics.json").read_text())
     found["figures"] = json.dumps({k: v["metrics"] for k, v in metrics["models"].items() if v}, sort_keys=True)
     from running import lines
 
-    rows = [{k: v for k, v in line.items() if k in ("role", "step", "loss", "terms", "valid")} for line in lines(run) if "loss" in line or "valid" in line]
+    rows = [
+        {k: v for k, v in line.items() if k in ("role", "step", "loss", "terms", "valid")}
+        for line in lines(run)
+        if "loss" in line or "valid" in line
+    ]
     found["log"] = json.dumps(rows)
     return found
 
@@ -217,7 +225,10 @@ def level(work: Path, disk: Path, expected: dict[str, str], at: int, spare: int)
         code, said, seen = distil(work, disk, at=at, spare=spare)
         full = (disk / "filler").exists()
         flat = " ".join(said.split())
-        told = re.search(rf"The disk is full: writing ({re.escape(str(disk))}\S*) failed\.(?: ([\d,]+) bytes were to be written;)? ([\d,]+) bytes are free", flat)
+        told = re.search(
+            rf"The disk is full: writing ({re.escape(str(disk))}\S*) failed\.(?: ([\d,]+) bytes were to be written;)? ([\d,]+) bytes are free",
+            flat,
+        )
         if "Traceback" in said:
             wrong.append("a traceback: " + said[-1500:])
         if code != 3 and not (code == 0 and full):
@@ -257,7 +268,9 @@ def chosen(rng: random.Random, names: list[str], count: int) -> list[tuple[int, 
     return picked
 
 
-def run(count: int | None = None, seed: int = SEED, export: tuple[str, ...] = ("onnx", "torchscript"), only: int | None = None) -> dict[str, Any]:
+def run(
+    count: int | None = None, seed: int = SEED, export: tuple[str, ...] = ("onnx", "torchscript"), only: int | None = None
+) -> dict[str, Any]:
     """``count`` levels over all stages of a run, each on a filesystem of its own."""
     count, rng = COUNT if count is None else count, random.Random(seed)
     about = {"id": "R8", "promise": PROMISE, "seed": seed}

@@ -31,7 +31,7 @@ sys.path[:0] = [p for p in (str(TESTS), str(TESTS.parent / "src")) if p not in s
 
 PROMISE = "10,000 generated mutations of recipes and command lines: exit 0 or 2, never a traceback, nothing half-written"
 SEED, COUNT, BATCH = 12, 10_000, 1000
-SECONDS = 60  # of one case, after which it hangs
+SECONDS = 300  # of one case, after which it hangs; wide, because other work may have the processor
 MEMORY = 10 << 30  # bytes of address space above what the imports take
 
 MODELS = """
@@ -85,7 +85,19 @@ KEYS = [
     "augment", "max_length", "text", "label", "text_pair", "valid", "test", "unlabelled", "valid_fraction", "test_fraction", "select", "checkpoint_every",
     "log_every", "gradient_checkpointing", "teacher_cache", "task",
 ]  # fmt: skip
-SECTIONS = ["", "train.", "data.", "teacher.", "student.", "teacher_cache.", "objective.0.", "objective.1.", "teacher.train.", "student.options.", "data.augment."]
+SECTIONS = [
+    "",
+    "train.",
+    "data.",
+    "teacher.",
+    "student.",
+    "teacher_cache.",
+    "objective.0.",
+    "objective.1.",
+    "teacher.train.",
+    "student.options.",
+    "data.augment.",
+]
 
 
 class Case(NamedTuple):
@@ -109,10 +121,11 @@ class Told(NamedTuple):
 def furnish(folder: Path) -> None:
     """Data, models and a finished run, so that a mutated recipe that is still right gets as far as the first step."""
     import numpy as np
-    from models_support import text_folder
     from PIL import Image
-    from running import limbeck
     from safetensors.torch import save_file
+
+    from models_support import text_folder
+    from running import limbeck
 
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 255, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 4
@@ -146,7 +159,10 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
         folders[:] = [f for f in folders if f != "__pycache__"]
         for name in [*folders, *files]:
             status = os.lstat(os.path.join(root, name))
-            found[os.path.relpath(os.path.join(root, name), folder)] = (status.st_size if name in files else 0, status.st_mtime_ns if name in files else 0)
+            found[os.path.relpath(os.path.join(root, name), folder)] = (
+                status.st_size if name in files else 0,
+                status.st_mtime_ns if name in files else 0,
+            )
     return found
 
 
@@ -219,7 +235,9 @@ def misspelt(rng: random.Random, word: str) -> str:
     if not word:
         return "x"
     at = rng.randrange(len(word))
-    return rng.choice((word[:at] + word[at + 1 :], word[:at] + word[at] * 2 + word[at + 1 :], word.upper(), word + " ", "é" + word, word[::-1]))
+    return rng.choice(
+        (word[:at] + word[at + 1 :], word[:at] + word[at] * 2 + word[at + 1 :], word.upper(), word + " ", "é" + word, word[::-1])
+    )
 
 
 def mutate(rng: random.Random, plain: dict[str, Any]) -> None:
@@ -263,7 +281,9 @@ def bend(rng: random.Random, plain: dict[str, Any]) -> None:
     holder: Any = plain
     for step in {"": (), "augment": ("data", "augment")}.get(section, (section,)):
         if not isinstance(holder.get(step), dict):
-            holder[step] = {"source": holder[step]} if step == "data" else {"model": holder[step]} if isinstance(holder.get(step), str) else {}
+            holder[step] = (
+                {"source": holder[step]} if step == "data" else {"model": holder[step]} if isinstance(holder.get(step), str) else {}
+            )
         holder = holder[step]
     holder[key] = mild(rng)
 
@@ -289,15 +309,47 @@ def scarred(rng: random.Random, raw: bytes) -> bytes:
     if how == 6:
         return b"\xef\xbb\xbf" + raw if rng.random() < 0.5 else raw.decode().encode(rng.choice(("utf-16", "utf-32", "utf-16-le")))
     if how == 7:
-        return raw + b"\n" + rng.choice((b"a: &a [*a]", b"x: &x {<<: *x}", b"<<: [1]", b"<<: {seed: 1}", b"? [a, b]\n: c", b"!!python/object/apply:os.system [x]: 1"))
+        return (
+            raw
+            + b"\n"
+            + rng.choice(
+                (
+                    b"a: &a [*a]",
+                    b"x: &x {<<: *x}",
+                    b"<<: [1]",
+                    b"<<: {seed: 1}",
+                    b"? [a, b]\n: c",
+                    b"!!python/object/apply:os.system [x]: 1",
+                )
+            )
+        )
     if how == 8:
         return raw.replace(b":", rng.choice((b":: ", b" : !!str", b": &a", b": *a", b"\t:", b":|", b": >")), rng.choice((1, -1)))
     if how == 9:
         return raw.replace(b"  ", rng.choice((b"\t", b" ", b"   ")), rng.choice((1, -1)))
     if how == 10:
-        bomb = b"a0: &a0 [" + b"x, " * 9 + b"x]\n" + b"".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n".encode() for i in range(1, 9))
+        bomb = (
+            b"a0: &a0 [" + b"x, " * 9 + b"x]\n" + b"".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n".encode() for i in range(1, 9))
+        )
         return bomb + raw
-    return rng.choice((b"", b"\n", b"#", b"-", b"[" * 5000, b"{" * 100, b"- " * 500, b"\0" * 20, b"x", b'"', b"1", b"null", b"%YAML 9.9\n---\n" + raw, b"a" * 2_000_000))
+    return rng.choice(
+        (
+            b"",
+            b"\n",
+            b"#",
+            b"-",
+            b"[" * 5000,
+            b"{" * 100,
+            b"- " * 500,
+            b"\0" * 20,
+            b"x",
+            b'"',
+            b"1",
+            b"null",
+            b"%YAML 9.9\n---\n" + raw,
+            b"a" * 2_000_000,
+        )
+    )
 
 
 def case_of(seed: int, number: int) -> Case:
@@ -325,7 +377,23 @@ def case_of(seed: int, number: int) -> Case:
         arguments += some_options(rng, named, rng.choice((1, 1, 2, 3, 5)))
         arguments += ["--dry-run"] if named != "sweep" else []
         return Case(arguments, written(rng, plain, dump))
-    named = rng.choice(("evaluate", "export", "report", "cache", "losses", "models", "recipes", "convert", "demo", "", "--version", "-h", rng.choice(TEXTS)))
+    named = rng.choice(
+        (
+            "evaluate",
+            "export",
+            "report",
+            "cache",
+            "losses",
+            "models",
+            "recipes",
+            "convert",
+            "demo",
+            "",
+            "--version",
+            "-h",
+            rng.choice(TEXTS),
+        )
+    )
     if named == "demo":  # it has nothing but an output folder, and would run
         return Case(["demo", "--out", rng.choice(("data.npz", "", "photos", "x\u0000y", "data.npz/x"))], None)
     arguments = [named] + (["ls"] if named == "cache" else [])
@@ -357,7 +425,13 @@ def nudge(rng: random.Random, plain: dict[str, Any]) -> None:
     *steps, key = path.split(".")
     holder: Any = plain
     for step in steps:
-        inner = holder[int(step)] if isinstance(holder, list) and int(step) < len(holder) else holder.get(step) if isinstance(holder, dict) else None
+        inner = (
+            holder[int(step)]
+            if isinstance(holder, list) and int(step) < len(holder)
+            else holder.get(step)
+            if isinstance(holder, dict)
+            else None
+        )
         if isinstance(inner, str):
             inner = {"source": inner} if step == "data" else {"model": inner}
         if inner is None or not isinstance(inner, dict | list):
@@ -409,7 +483,9 @@ def some_options(rng: random.Random, command: str, count: int) -> list[str]:
             name = misspelt(rng, name)
         arguments.append(name)
         if name == "--vary":
-            arguments.append(f"{rng.choice(SECTIONS)}{rng.choice(KEYS)}={','.join(shown(rng, junk(rng)) for _ in range(rng.choice((0, 1, 2))))}")
+            arguments.append(
+                f"{rng.choice(SECTIONS)}{rng.choice(KEYS)}={','.join(shown(rng, junk(rng)) for _ in range(rng.choice((0, 1, 2))))}"
+            )
         elif takes and rng.random() < 0.95:
             arguments.append(shown(rng, mild(rng) if rng.random() < 0.5 else junk(rng)))
     # an argument of a process holds no NUL; a call in this process could
@@ -516,7 +592,9 @@ def work(seed: int, numbers: list[int], report: Any) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="r12-") as name, contextlib.chdir(name):
         folder = Path(name)
-        os.environ.update(HF_HUB_OFFLINE="1", LIMBECK_CACHE=str(folder / "teachers"), LIMBECK_HOME=str(folder.parent / f"{folder.name}-home"))
+        os.environ.update(
+            HF_HUB_OFFLINE="1", LIMBECK_CACHE=str(folder / "teachers"), LIMBECK_HOME=str(folder.parent / f"{folder.name}-home")
+        )
         (folder / "teachers").mkdir()
         furnish(folder)
         with up_to_the_first_step():
@@ -558,7 +636,11 @@ def run(count: int | None = None, seed: int = SEED) -> dict[str, Any]:
             failed[start] = f"the process died with {done.returncode}"
             tried, start = tried + 1, start + 1
         print(f"R12: {tried:,} of {count:,}, {len(failed)} failed, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    details = {"exit codes": dict(sorted(codes.items())), "came as far as": dict(sorted(reached.items())), "failed": {str(k): v for k, v in failed.items()}}
+    details = {
+        "exit codes": dict(sorted(codes.items())),
+        "came as far as": dict(sorted(reached.items())),
+        "failed": {str(k): v for k, v in failed.items()},
+    }
     return {"id": "R12", "promise": PROMISE, "tried": tried, "held": tried - len(failed), "details": details, "seed": seed}
 
 

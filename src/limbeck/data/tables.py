@@ -15,7 +15,7 @@ from limbeck.data.decode import Undecodable, inspect
 from limbeck.data.ids import bytes_id, from_digests, text_ids
 from limbeck.data.labels import Labels, from_array, from_column
 from limbeck.data.sources import EncodedImages, Texts
-from limbeck.data.splits import Part, Role
+from limbeck.data.splits import SKIPPED, Part, Role
 from limbeck.errors import Problem, listed, nearest
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ def _text_part(
     pairs = _strings(table, pair_name, where, problems) if pair_name else None
     if texts is None or (pair_name and pairs is None):
         return None
+    skipped: tuple[tuple[str, str], ...] = ()
     present = np.array([t is not None and (pairs is None or pairs[i] is not None) for i, t in enumerate(texts)], dtype=bool)
     if not present.all():
         rows = listed([str(r + first_row) for r in np.flatnonzero(~present)[:5].tolist()])
@@ -222,7 +223,8 @@ def _text_part(
         if spec.corrupt == "fail":
             problems.append(Problem(where, message, "Fill them, or leave them out with data.corrupt: skip."))
             return None
-        notes.append(f"{where}: {message} They were skipped.")
+        notes.append(f"{where}: {message} They were skipped (all in {SKIPPED}).")
+        skipped = tuple((f"{where}: row {row + first_row}", "it has no text") for row in np.flatnonzero(~present).tolist())
         kept = np.flatnonzero(present).tolist()
         texts = [texts[i] for i in kept]
         pairs = None if pairs is None else [pairs[i] for i in kept]
@@ -231,7 +233,7 @@ def _text_part(
     empty = sum(not t.strip() for t in whole)
     if empty:
         notes.append(f"{where}: {empty:,} of {len(whole):,} rows have an empty text.")
-    return Part(where, Texts(whole, pairs), text_ids(whole, pairs), labels)
+    return Part(where, Texts(whole, pairs), text_ids(whole, pairs), labels, skipped=skipped)
 
 
 def _image_column(table: pa.Table, spec: DataSpec) -> str | None:
@@ -247,26 +249,29 @@ def _image_column(table: pa.Table, spec: DataSpec) -> str | None:
 
 def _image_part(column: Any, where: str, labels: Labels | None, spec: DataSpec, notes: list[str], problems: list[Problem]) -> Part | None:
     source = EncodedImages(column, 3, Path(where).parent)
-    digests, sizes, kept, bad = [], [], [], []
+    digests, sizes, kept = [], [], []
+    skipped: list[tuple[str, str]] = []
     channels = 1
     for row in range(len(source)):
         try:
             content = source.content(row)
             height, width, depth = inspect(content)
         except (Undecodable, OSError, TypeError, KeyError) as error:
-            bad.append(f"row {row} ({error})")
+            skipped.append((f"{where}: row {row}", str(error)))
             continue
         digests.append(bytes_id(content))
         sizes.append((height, width))
         kept.append(row)
         channels = max(channels, depth)
-    if bad:
+    if skipped:
+        bad = [f"{sample.removeprefix(f'{where}: ')} ({why})" for sample, why in skipped]
         if spec.corrupt == "fail":
-            message = f"{len(bad):,} images cannot be read: {listed(bad, 10)}."
+            message = f"{len(bad):,} images cannot be read: {listed(bad, 1000)}."
             problems.append(Problem(where, message, "Remove them, or leave them out with data.corrupt: skip."))
             return None
-        notes.append(f"{where}: {len(bad):,} images that cannot be read were skipped: {listed(bad, 20)}.")
+        notes.append(f"{where}: {len(bad):,} images that cannot be read were skipped (all in {SKIPPED}): {listed(bad, 20)}.")
         column = column.take(np.array(kept, dtype=np.int64))
         labels = None if labels is None else Labels(labels.where, labels.values[kept], labels.as_values)
     size = sizes[0] if len(set(sizes)) == 1 else None
-    return Part(where, EncodedImages(column, channels, Path(where).parent), from_digests(digests), labels, size=size, channels=channels)
+    source = EncodedImages(column, channels, Path(where).parent)
+    return Part(where, source, from_digests(digests), labels, size=size, channels=channels, skipped=tuple(skipped))
