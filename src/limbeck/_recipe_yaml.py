@@ -161,13 +161,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if os.path.isdir(path):
             raise UsageError(Problem(name, "is a folder, expected a recipe file (YAML)."))
-        raw = path.read_bytes()
+        with open(path, "rb") as f:
+            raw = f.read(MAX_BYTES + 1)  # a device has no end
     except FileNotFoundError:
         raise UsageError(Problem(name, "no such file.", _neighbour(path))) from None
     except OSError as error:
         raise UsageError(Problem(name, f"cannot be read: {error.strerror or error}.")) from None
     if len(raw) > MAX_BYTES:
-        raise UsageError(Problem(name, f"has {len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}."))
+        raise UsageError(Problem(name, f"has more than {MAX_BYTES:,} bytes, which no recipe has."))
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

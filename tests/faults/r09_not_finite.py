@@ -27,18 +27,17 @@ from torch import Tensor
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [p for p in (str(TESTS), str(TESTS.parent / "src")) if p not in sys.path]
 
-from support import CLASSES, KD_MIX, Big, Small, made, run_fit, settings, state_bytes, toy_data  # noqa: E402
-
-from limbeck import checkpoint, loop  # noqa: E402
-from limbeck.data import BatchBuilder  # noqa: E402
-from limbeck.engine import Engine  # noqa: E402
-from limbeck.errors import Interrupted, NonFinite  # noqa: E402
-from limbeck.losses import LOSSES  # noqa: E402
-from limbeck.models import wrap_module  # noqa: E402
-from limbeck.objective import Objective  # noqa: E402
-from limbeck.recipe import Term  # noqa: E402
-from limbeck.teacher import LiveTeacher  # noqa: E402
-from limbeck.types import Batch, Outputs, Signal  # noqa: E402
+from limbeck import checkpoint, loop
+from limbeck.data import BatchBuilder
+from limbeck.engine import Engine
+from limbeck.errors import Interrupted, NonFinite
+from limbeck.losses import LOSSES
+from limbeck.models import wrap_module
+from limbeck.objective import Objective
+from limbeck.recipe import Term
+from limbeck.teacher import LiveTeacher
+from limbeck.types import Batch, Outputs, Signal
+from support import CLASSES, KD_MIX, Big, Small, made, run_fit, settings, state_bytes, toy_data
 
 PROMISE = "NaN and Inf in teacher logits, cache, batch, loss, gradient, optimiser state: stops at that step, names it, weights untouched; masked is finite"
 SEED, COUNT = 9, 300
@@ -217,9 +216,8 @@ def masked(rng: np.random.Generator) -> list[str]:
 
 def commands(folder: Path) -> list[str]:
     """The command line with a value that its own cache gives back, and with a teacher that says NaN while it is asked: exit code 3."""
-    from running import limbeck, make_folder, recipe
-
     from limbeck.cache import CachedTeacher
+    from running import limbeck, make_folder, recipe
 
     wrong = []
     make_folder(folder)

@@ -33,7 +33,7 @@ sys.path[:0] = [p for p in (str(TESTS), str(TESTS.parent / "src")) if p not in s
 PROMISE = "hostile files are refused, a canary is never touched, memory is bounded; no pickle, torch.load, yaml.load, eval outside limbeck convert"
 SEED = 11
 SPARE = 300 << 20  # bytes of resident memory beyond the same command on good files
-LIMIT = 24 << 30  # bytes of address space: a process that would take the machine ends itself instead
+LIMIT = 6 << 30  # bytes of address space beyond that: a process that would take the machine ends itself instead
 
 Made = Callable[[Path, random.Random], list[str]]
 """Writes hostile files into a folder, and gives the command line that meets them."""
@@ -133,8 +133,7 @@ def _arrays(**changes: Any) -> Made:
         with np.load(folder / "pictures.npz") as whole:
             good = {name: npy(whole[name]) for name in whole.files}
         with zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, raw in good.items():
-                value = changes.get(name, raw)
+            for name, value in {**good, **changes}.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
                     for piece in value(folder) if callable(value) else [value]:
                         f.write(piece)
@@ -483,7 +482,8 @@ MAY_GO_ON = {"CSV with a field of 64 MB", "CSV with an open quote", "Parquet wit
 
 def _child(folder: str, arguments: list[str]) -> None:
     os.chdir(folder)
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT, used + LIMIT))
     if arguments[0] == "CHECKPOINT":
         from limbeck import checkpoint
 

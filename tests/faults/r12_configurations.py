@@ -32,7 +32,7 @@ sys.path[:0] = [p for p in (str(TESTS), str(TESTS.parent / "src")) if p not in s
 PROMISE = "10,000 generated mutations of recipes and command lines: exit 0 or 2, never a traceback, nothing half-written"
 SEED, COUNT, BATCH = 12, 10_000, 1000
 SECONDS = 300  # of one case, after which it hangs; wide, because other work may have the processor
-MEMORY = 10 << 30  # bytes of address space above what the imports take
+MEMORY = 4 << 30  # bytes of address space above what the imports take
 
 MODELS = """
 from torch import nn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from limbeck.data import Data
+from limbeck.data.tables import read_parquet
 from limbeck.errors import Problem, UsageError, nearest
 from limbeck.run import file_sha256
 from limbeck.types import Batch, Needs, Signal
@@ -54,8 +56,12 @@ class TableTeacher:
         if self.path.suffix == ".npy":
             try:
                 table = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, EOFError) as e:
-                raise UsageError(Problem(WHERE, f"{self.path} cannot be read as .npy: {str(e).splitlines()[0]}")) from None
+                if not isinstance(table, np.ndarray):
+                    raise ValueError("it is an archive of arrays")
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+                raise UsageError(
+                    Problem(WHERE, f"{self.path} cannot be read as .npy: {[*str(e).splitlines(), type(e).__name__][0]}.")
+                ) from None
             count = len(data.train.source)
             if table.ndim != 2 or table.dtype.kind != "f" or len(table) != count:
                 wanted = f"floats of ({count}, classes) are wanted, one row for each row of the training data"
@@ -68,11 +74,10 @@ class TableTeacher:
 
     def _parquet(self, data: Data) -> tuple[npt.NDArray[Any], Int64, Int64 | None]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(self.path)
-        except (pa.ArrowInvalid, OSError) as e:
+            table = read_parquet(self.path)
+        except (pa.ArrowException, OSError, ValueError) as e:
             raise UsageError(Problem(WHERE, f"{self.path} cannot be read as Parquet: {str(e).splitlines()[0]}")) from None
         names = table.column_names
         if "logits" not in names or not {"id", "row"} & set(names):

@@ -18,7 +18,7 @@ from limbeck.data.sources import ArrayImages, ImageList, Tensors, channels_last
 from limbeck.data.splits import Part, Role
 from limbeck.errors import Problem, listed, missing_extra, nearest
 
-__all__ = ["digits", "images_part", "part_from_array", "read_npz"]
+__all__ = ["digits", "images_part", "may_unfold_to", "part_from_array", "read_npz"]
 
 
 def images_part(pixels: npt.NDArray[np.uint8], where: str, labels: Labels | None) -> Part:
@@ -78,6 +78,7 @@ def read_npz(path: Path, role: Role | None, problems: list[Problem]) -> tuple[di
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
+            assert archive.zip is not None
             _check_sizes(archive.zip)
             names = sorted(archive.files)
             arrays: dict[str, npt.NDArray[Any]] = {}
@@ -126,8 +127,13 @@ def read_npz(path: Path, role: Role | None, problems: list[Problem]) -> tuple[di
     return parts, _class_names(arrays.get("classes"), path, problems)
 
 
-_FREELY = 256 << 20  # bytes that any archive may unfold to
-_RATIO = 200  # beyond that: bytes for one byte of the file; images compress to a tenth, zeros to a thousandth
+def may_unfold_to(packed: int) -> int:
+    """The bytes that a file of ``packed`` bytes may take in memory: images compress to a tenth and texts to a fifth, zeros to a thousandth.
+
+    >>> may_unfold_to(0) >> 20, may_unfold_to(10 << 20) >> 20
+    (256, 2000)
+    """
+    return max(256 << 20, 200 * packed)
 
 
 def _check_sizes(archive: zipfile.ZipFile) -> None:
@@ -137,7 +143,7 @@ def _check_sizes(archive: zipfile.ZipFile) -> None:
         ValueError: says which array, and its bytes.
     """
     for member in archive.infolist():
-        if member.file_size > max(_FREELY, _RATIO * member.compress_size):
+        if member.file_size > may_unfold_to(member.compress_size):
             raise ValueError(f"'{member.filename}' has {member.compress_size:,} bytes that unfold to {member.file_size:,}")
         if not member.filename.endswith(".npy"):
             continue

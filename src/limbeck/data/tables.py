@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from limbeck.data.arrays import may_unfold_to
 from limbeck.data.decode import Undecodable, inspect
 from limbeck.data.ids import bytes_id, from_digests, text_ids
 from limbeck.data.labels import Labels, from_array, from_column
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
 
     from limbeck.recipe import DataSpec
 
-__all__ = ["SUFFIXES", "part_from_table", "read_tables", "split_of"]
+__all__ = ["SUFFIXES", "part_from_table", "read_parquet", "read_tables", "split_of"]
 
 SUFFIXES = {"csv": (".csv", ".tsv"), "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}
+
+_COLUMNS = 10_000  # of a CSV file: each takes kilobytes, however little is in it
+_DEPTH = 500
 
 _SPLIT_NAMES: dict[str, Role] = {
     "train": "train", "training": "train",
@@ -115,6 +119,10 @@ def _read_csv(path: Path, spec: DataSpec) -> pa.Table:
     parse = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
     wanted = [c for c in (spec.text, spec.text_pair or "text_pair", spec.label) if c]
     convert = csv.ConvertOptions(column_types={c: pa.string() for c in wanted}, strings_can_be_null=False)
+    with open(path, "rb") as f:
+        columns = 1 + f.readline(64 << 20).count(parse.delimiter.encode())
+    if columns > _COLUMNS:
+        raise ValueError(f"its first line has {columns:,} columns, and at most {_COLUMNS:,} are read")
     # one block: a quoted field may be longer than the default block of 1 MiB
     block = max(1 << 20, min(path.stat().st_size + 1, (1 << 31) - 1))
     return csv.read_csv(path, csv.ReadOptions(block_size=block), parse, convert)
@@ -123,14 +131,47 @@ def _read_csv(path: Path, spec: DataSpec) -> pa.Table:
 def _read_jsonl(path: Path, spec: DataSpec) -> pa.Table:
     from pyarrow import json as arrow_json
 
+    _check_depth(path)
     block = max(1 << 20, min(path.stat().st_size + 1, (1 << 31) - 1))
     return arrow_json.read_json(path, arrow_json.ReadOptions(block_size=block))
 
 
+def _check_depth(path: Path) -> None:
+    """Refuse JSON nested so deep that Arrow's reader, which goes down by one call a level, would end the process.
+
+    Raises: ValueError.
+    """
+    with open(path, "rb") as f:
+        for number, row in enumerate(f, start=1):
+            if row.count(b"[") + row.count(b"{") > _DEPTH:  # or a text with many brackets
+                try:
+                    json.loads(row)
+                except RecursionError:
+                    raise ValueError(f"line {number:,} is nested too deep") from None
+
+
 def _read_parquet(path: Path, spec: DataSpec) -> pa.Table:
+    return read_parquet(path)
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """A Parquet file, piece by piece: a few bytes may say that one value stands in any number of rows.
+
+    Raises:
+        pa.ArrowException, OSError: it cannot be read.
+        ValueError: it takes more memory than a file of its size may.
+    """
+    import pyarrow as pa
     from pyarrow import parquet
 
-    return parquet.read_table(path)
+    most, taken, batches = may_unfold_to(path.stat().st_size), 0, []
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1 << 14):
+            taken += batch.nbytes
+            if taken > most:
+                raise ValueError(f"its {path.stat().st_size:,} bytes unfold to more than {most:,}")
+            batches.append(batch)
+        return pa.Table.from_batches(batches, file.schema_arrow)
 
 
 def _concatenate(tables: list[pa.Table], where: str, problems: list[Problem]) -> pa.Table | None:
