@@ -1,8 +1,8 @@
 """R8: a disk that runs full while something is being written: exit code 3, a message with the path and the bytes, and nothing lost.
 
-Every level is a real filesystem of a few MB in memory (tmpfs, which needs root and Linux). At the n-th file that the run begins to write, or the n-th
-line of its log, the filesystem is filled up but for a few pages; n goes through all stages of a run. Then the newest checkpoints must load, the space is
-freed, and ``--resume`` must end in the bytes of a run that was never disturbed.
+Every level is a real filesystem of a few MB in memory (tmpfs, which needs root and Linux). At the n-th file that the run begins to write, or the
+n-th line of its log, the filesystem is filled up but for a few pages; n goes through all stages of a run. Then the newest checkpoints must load, the
+space is freed, and ``--resume`` must end in the bytes of a run that was never disturbed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [p for p in (str(TESTS), str(TESTS.parent / "src")) if p not in sys.path]
 
-PROMISE = "a small filesystem filled to 50 levels at checkpoint, cache, export, log, metrics, report: exit 3, path and bytes, resume in the same bytes"
+PROMISE = "a small filesystem filled to 50 levels at checkpoint, cache, export, log, metrics, report: exit 3, path, bytes; resume ends in the same"
 SEED, COUNT = 8, 50
 SIZE = 24 << 20  # bytes of the filesystem
 STAGES = ("recipe", "cache", "log", "board", "checkpoint", "model", "export", "analysis", "metrics", "report")
@@ -131,7 +131,8 @@ def stage_of(name: str) -> str:
         return "cache"
     inner = "/".join(parts[1:])
     for mark, stage in (
-        ("tensorboard", "board"), ("checkpoints", "checkpoint"), ("export", "export"), ("log.jsonl", "log"), ("analysis", "analysis"), ("metrics", "metrics"),
+        ("tensorboard", "board"), ("checkpoints", "checkpoint"), ("export", "export"), ("log.jsonl", "log"), ("analysis", "analysis"),
+        ("metrics", "metrics"),
         ("report", "report"), ("student", "model"), ("baseline", "model"),
     ):  # fmt: skip
         if mark in inner:
@@ -248,7 +249,8 @@ def level(work: Path, disk: Path, expected: dict[str, str], at: int, spare: int)
     stopped = told[1] if told else None
     at_name = seen[at] if len(seen) > at else "?"
     return {
-        "at": at, "stage": stage_of(at_name) if at_name != "?" else "?", "spare": spare, "code": code, "full": stopped and os.path.relpath(stopped, disk),
+        "at": at, "stage": stage_of(at_name) if at_name != "?" else "?", "spare": spare, "code": code,
+        "full": stopped and os.path.relpath(stopped, disk),
         "steps": steps, "wrong": wrong,
     }  # fmt: skip
 

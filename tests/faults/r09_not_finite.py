@@ -1,8 +1,9 @@
-"""R9: NaN and infinity, put in at every place where one could come from: the run stops at that step and names it, and the weights are those before it.
+# ruff: noqa: E402 (the tests' own modules are found by the path that is set here)
+"""R9: NaN and infinity, put in wherever one could come from: the run stops at that step and names it, and the weights are those before it.
 
-Each case is a fit of a small student in float64 under settings drawn at random (optimiser, microbatches, clipping, average, whether the device works
-behind), with one value put in at one step. The weights in the module, and the newest checkpoint, are compared byte by byte with those of a fit that was
-left alone; then the fit goes on from its checkpoint without the value, and must end in the same bytes.
+Each case is a fit of a small student in float64 under settings drawn at random (optimiser, microbatches, clipping, average, whether the device
+works behind), with one value put in at one step. The weights in the module, and the newest checkpoint, are compared byte by byte with those of a
+fit that was left alone; then the fit goes on from its checkpoint without the value, and must end in the same bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from limbeck.teacher import LiveTeacher
 from limbeck.types import Batch, Outputs, Signal
 from support import CLASSES, KD_MIX, Big, Small, made, run_fit, settings, state_bytes, toy_data
 
-PROMISE = "NaN and Inf in teacher logits, cache, batch, loss, gradient, optimiser state: stops at that step, names it, weights untouched; masked is finite"
+PROMISE = "NaN and Inf in teacher logits, cache, batch, loss, gradient, optimiser state: stops at that step, names it, weights untouched"
 SEED, COUNT = 9, 300
 STEPS = 12
 PLACES = ("teacher", "cache", "batch", "loss", "gradient", "optimiser")
@@ -184,7 +185,7 @@ def one(folder: Path, place: str, rng: random.Random) -> str:
 
 
 def masked(rng: np.random.Generator) -> list[str]:
-    """Every loss on logits, alone and with the others: all items masked, or a class masked by logits of -inf in both. What is not finite, in words."""
+    """Every loss on logits, alone and with the others: all items masked, or a class at -inf in both. What is not finite, in words."""
     wrong = []
     losses = [e.name for e in LOSSES.values() if not any("feature" in r for r in e.reads)]
     for name in losses:
@@ -197,12 +198,13 @@ def masked(rng: np.random.Generator) -> list[str]:
                     if masks == "all of a row":
                         student[~mask], teacher[~mask] = -math.inf, -math.inf
                     elif masks == "one class":
-                        keep = torch.tensor([v for v in labels])
+                        keep = torch.tensor(list(labels))
                         spare = (keep.clamp(min=0) + 1) % CLASSES
                         student[torch.arange(6), spare] = teacher[torch.arange(6), spare] = -math.inf
                     student.requires_grad_()
                     batch = Batch(
-                        ids=torch.zeros(6, 2, dtype=torch.int64).numpy().astype(np.uint64), view=0, student={}, teacher=None, labels=torch.tensor(labels), mask=mask
+                        ids=torch.zeros(6, 2, dtype=torch.int64).numpy().astype(np.uint64), view=0, student={}, teacher=None,
+                        labels=torch.tensor(labels), mask=mask
                     )  # fmt: skip
                     loss, _ = objective(Outputs(student), Signal(teacher), batch, progress=0.0, counts=objective.counts(batch))
                     loss.backward()

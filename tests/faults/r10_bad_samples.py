@@ -1,8 +1,8 @@
 """R10: image files that are not what they seem: the policy is kept, the list of the bad ones is exact, and memory stays flat.
 
 By default every bad file is told at once before anything is written; with ``data.corrupt: skip`` the run goes on without them and lists them in
-``skipped.csv``, and the samples, their ids and the splits are those of a folder in which they never were. Files that are unusual and whole (CMYK, 16 bit,
-one pixel, animated, turned by EXIF, another format than named) are samples like any other.
+``skipped.csv``, and the samples, their ids and the splits are those of a folder in which they never were. Files that are unusual and whole (CMYK,
+16 bit, one pixel, animated, turned by EXIF, another format than named) are samples like any other.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ Path(sys.argv[1]).write_text(json.dumps({"code": code, "peak": 1024 * peak}))
 def limbeck(root: Path, *arguments: str) -> tuple[int, int, str]:
     """``(exit code, peak of resident bytes, what was said)`` of a command line in a process of its own."""
     environment = {
-        **os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "OMP_NUM_THREADS": "1", "LIMBECK_HOME": str(root / "home"), "LIMBECK_CACHE": str(root / "teachers"),
+        **os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "OMP_NUM_THREADS": "1", "LIMBECK_HOME": str(root / "home"),
+        "LIMBECK_CACHE": str(root / "teachers"),
     }  # fmt: skip
     told = root / "told.json"
     done = subprocess.run(
@@ -239,7 +240,8 @@ def limbeck(root: Path, *arguments: str) -> tuple[int, int, str]:
     return found["code"], found["peak"], done.stderr + done.stdout
 
 
-TRAIN = ("train", "--student", "python:nets.py:student", "--data", "imagefolder:photos", "--epochs", "1", "--batch-size", "64", "--set", "export=[]", "--set",
+TRAIN = ("train", "--student", "python:nets.py:student", "--data", "imagefolder:photos", "--epochs", "1", "--batch-size", "64",
+"--set", "export=[]", "--set",
          "train.precision=float32", "--set", "train.workers=0", "--set", "student.options.resolution=32")  # fmt: skip
 
 
@@ -309,8 +311,10 @@ def run(count: int | None = None, seed: int = SEED, share: float = 0.01) -> dict
             wrong["nothing in a file runs"] = "the canary was touched"
     promises = 8
     details = {
-        "files": len(kinds), "bad": len(bad), "odd and kept": sum(k in ODD for k in kinds.values()), "kinds": dict(sorted(Counter(k for k in kinds.values() if k != "good").items())),
-        "peak MiB": {"good files": plain_peak >> 20, "good and odd": good_peak >> 20, "with bad ones, skipped": peak >> 20, "with bad ones, refused": refused_peak >> 20},
+        "files": len(kinds), "bad": len(bad), "odd and kept": sum(k in ODD for k in kinds.values()),
+        "kinds": dict(sorted(Counter(k for k in kinds.values() if k != "good").items())),
+        "peak MiB": {"good files": plain_peak >> 20, "good and odd": good_peak >> 20, "with bad ones, skipped": peak >> 20,
+        "with bad ones, refused": refused_peak >> 20},
         "promises looked at": promises, "failed": wrong,
     }  # fmt: skip
     tried = len(bad) + sum(k in ODD for k in kinds.values())

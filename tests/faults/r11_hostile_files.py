@@ -1,7 +1,8 @@
 """R11: files that somebody made on purpose: refused with a sentence, nothing of them runs, and memory stays bounded.
 
-Every case is the command line in a process of its own, forked from one that has run nothing of it. A canary is a file that code inside a hostile file would make; the peak of resident memory is
-taken from the kernel when the process ends, and compared with that of the same command on good files.
+Every case is the command line in a process of its own, forked from one that has run nothing of it. A canary is a folder that code inside a
+hostile file would make; the peak of resident memory is taken from the kernel when the process ends, and compared with that of the same
+command on good files.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ ARRAY_FILES: dict[str, Made] = {
     "a header of a huge shape": _arrays(train_x=npy_header("'|u1'", f"({10**12}, 8, 8)")),
     "a header of a negative shape": _arrays(train_x=npy_header("'|u1'", "(-1, 8, 8)")),
     "a shape that overflows": _arrays(train_x=npy_header("'|u1'", f"({2**62}, {2**62})")),
-    "a zip bomb of 8 GB": _arrays(train_x=zeros(8 << 30, npy_header("'|u1'", f"({1 << 27}, 8, 8)"))),
+    "a zip bomb of 1 GB": _arrays(train_x=zeros(1 << 30, npy_header("'|u1'", f"({1 << 24}, 8, 8)"))),
     "a zip bomb beside the arrays": _arrays(unlabelled_x=zeros(1 << 30, npy_header("'|u1'", f"({1 << 24}, 8, 8)"))),
     "a pickle named .npz": _file("x.npz", lambda f, r: poison(f), *DISTILL, "npz:x.npz"),
     "torch.save named .npz": _file("x.npz", lambda f, r: zipped_pickle(f), *DISTILL, "npz:x.npz"),
@@ -627,7 +628,8 @@ def run(count: int | None = None, seed: int = SEED, only: str = "") -> dict[str,
     if source:
         failed["the source"] = str(source)
     details = {
-        "most memory, MiB": max(peaks.values(), default=0) >> 20, "good files, MiB": usual >> 20, "sources read": len(list(SOURCE.rglob("*.py"))), "failed": failed
+        "most memory, MiB": max(peaks.values(), default=0) >> 20, "good files, MiB": usual >> 20,
+        "sources read": len(list(SOURCE.rglob("*.py"))), "failed": failed
     }  # fmt: skip
     tried = len(names) + 1
     return {"id": "R11", "promise": PROMISE, "tried": tried, "held": tried - len(failed), "details": details, "seed": seed}

@@ -1,8 +1,8 @@
 """R12: whatever stands in a recipe or on a command line, the exit code is 0 or 2, there is no traceback, and nothing is written.
 
 Recipes and command lines that are right are mutated by a seeded generator: wrong types, numbers without measure, keys that are deleted, doubled or
-misspelt, junk of every nesting, unicode, empty texts, folders for files, and edits of the raw bytes. Case ``i`` is a function of (seed, i), so that any
-one of them can be looked at alone:  python tests/faults/r12_configurations.py CASE [SEED]
+misspelt, junk of every nesting, unicode, empty texts, folders for files, and edits of the raw bytes. Case ``i`` is a function of (seed, i), so that
+any one of them can be looked at alone:  python tests/faults/r12_configurations.py CASE [SEED]
 """
 
 from __future__ import annotations
@@ -56,33 +56,51 @@ AT_HAND = {
 }
 
 NUMBERS: list[Any] = [
-    0, 1, 2, 3, 7, -1, -(2**31), 10**6, 10**12, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -0.0, 0.5, 1.0, 1.5, -0.5, 1e-320, 1e-9, 1e9, 1e38,
+    0, 1, 2, 3, 7, -1, -(2**31), 10**6, 10**12, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -0.0, 0.5, 1.0, 1.5, -0.5, 1e-320,
+    1e-9, 1e9, 1e38,
     1e308, float("inf"), float("-inf"), float("nan"),
 ]  # fmt: skip
 TEXTS: list[Any] = [
-    "", " ", "\t", "\n", "abc", "no", "yes", "null", "~", "1e999", "0x10", "1_000", "1:30", "-", "--", "--help", "ünïcödé", "名前", "\u202eabc", "\ufeff",
-    "\u0000", "a\u0000b", "\ud7ff", "😀" * 40, "x" * 5000, "x/" * 600, "../" * 40, ".", "..", "/", "~nobody/x", "photos", "photos/train/a/0.png", "/dev/null",
-    "/dev/zero", "/proc/self/mem", "data.npz", "reviews.csv", "bert", "models.py", "pipe", "$HOME", "%s %d %n", "{0}", "{x!r:>9}", "<script>", "'; --", "a=b",
-    "npz:", "npz:photos", "npz:data.npz", "npz:reviews.csv", "npz:/dev/zero", "npz:pipe", "csv:data.npz", "csv:/dev/zero", "csv:pipe", "jsonl:reviews.csv",
-    "parquet:data.npz", "parquet:photos", "imagefolder:data.npz", "imagefolder:photos", "imagefolder:/dev", "imagefolder:", "hf:", "hf:a/b/c", "hf:..", "digits",
-    "digits:1", "python:", "python:models.py", "python:models.py:", "python:models.py:nn", "python:models.py:student", "python:models.py:__name__",
-    "python:os:getcwd", "python:data.npz:x", "python:photos:x", "run:", "run:.", "run:photos", "run:runs/teacher", "timm:", "timm:resnet1O", "torchvision:",
-    "torchvision:resnet", "onnx:a.onnx", "logits:data.npz", "logits:l.npy", "logits:photos", "teacher.safetensors", "w.pth", "auto", "cpu", "cuda", "cuda:99",
-    "mps", "float64", "bf16", "fp16", "sgd", "adam", "kd", "cross_entropy", "hint", "onnx", "pt2", "pretrained", "scratch", "live", "off", "require", "sparse",
+    "", " ", "\t", "\n", "abc", "no", "yes", "null", "~", "1e999", "0x10", "1_000", "1:30", "-", "--", "--help", "ünïcödé", "名前",
+    "\u202eabc", "\ufeff",
+    "\u0000", "a\u0000b", "\ud7ff", "😀" * 40, "x" * 5000, "x/" * 600, "../" * 40, ".", "..", "/", "~nobody/x", "photos",
+    "photos/train/a/0.png", "/dev/null",
+    "/dev/zero", "/proc/self/mem", "data.npz", "reviews.csv", "bert", "models.py", "pipe", "$HOME", "%s %d %n", "{0}", "{x!r:>9}",
+    "<script>", "'; --", "a=b",
+    "npz:", "npz:photos", "npz:data.npz", "npz:reviews.csv", "npz:/dev/zero", "npz:pipe", "csv:data.npz", "csv:/dev/zero", "csv:pipe",
+    "jsonl:reviews.csv",
+    "parquet:data.npz", "parquet:photos", "imagefolder:data.npz", "imagefolder:photos", "imagefolder:/dev", "imagefolder:", "hf:",
+    "hf:a/b/c", "hf:..", "digits",
+    "digits:1", "python:", "python:models.py", "python:models.py:", "python:models.py:nn", "python:models.py:student",
+    "python:models.py:__name__",
+    "python:os:getcwd", "python:data.npz:x", "python:photos:x", "run:", "run:.", "run:photos", "run:runs/teacher", "timm:",
+    "timm:resnet1O", "torchvision:",
+    "torchvision:resnet", "onnx:a.onnx", "logits:data.npz", "logits:l.npy", "logits:photos", "teacher.safetensors", "w.pth", "auto",
+    "cpu", "cuda", "cuda:99",
+    "mps", "float64", "bf16", "fp16", "sgd", "adam", "kd", "cross_entropy", "hint", "onnx", "pt2", "pretrained", "scratch", "live",
+    "off", "require", "sparse",
     "standard", "skip", "text", "label", "text-classification", "image-classification",
 ]  # fmt: skip
 JUNK: list[Any] = [
-    None, True, False, [], {}, [[]], [None], [1, 2], [0.5, 0.1], ["a", "a"], {"a": 1}, {"": ""}, {"start": 1, "end": 0}, {"start": "x"}, {"start": 1e308, "end": -1e308},
-    {"loss": "kd"}, [{"loss": "kd"}], [{"loss": "kd", "weight": {"start": 0, "end": 0}}], ["kd", "cross_entropy"], {"model": "python:models.py:student"},
-    {"model": {}}, {"model": ["a"]}, {"source": "digits"}, {"crop": 10**9}, {"crop": 1}, {"mixup": 1e300}, {"randaugment": [10**9, 30]}, {"layers": [0, 0]},
-    {"layers": [10**9]}, {"layers": "x"}, {"width": 10**12}, {"width": -1}, {"width": "x"}, {"width": 0}, {"resolution": 10**6}, {"resolution": [1, 0]},
+    None, True, False, [], {}, [[]], [None], [1, 2], [0.5, 0.1], ["a", "a"], {"a": 1}, {"": ""}, {"start": 1, "end": 0},
+    {"start": "x"}, {"start": 1e308, "end": -1e308},
+    {"loss": "kd"}, [{"loss": "kd"}], [{"loss": "kd", "weight": {"start": 0, "end": 0}}], ["kd", "cross_entropy"],
+    {"model": "python:models.py:student"},
+    {"model": {}}, {"model": ["a"]}, {"source": "digits"}, {"crop": 10**9}, {"crop": 1}, {"mixup": 1e300}, {"randaugment": [10**9,
+    30]}, {"layers": [0, 0]},
+    {"layers": [10**9]}, {"layers": "x"}, {"width": 10**12}, {"width": -1}, {"width": "x"}, {"width": 0}, {"resolution": 10**6},
+    {"resolution": [1, 0]},
     {"num_labels": 10**12}, {"hidden_size": -1}, {"hidden_size": 10**9}, {"max_length": 10**9}, {"epochs": 1, "if_needed": True},
 ]  # fmt: skip
 KEYS = [
-    "epochs", "lr", "model", "source", "train", "data", "seed", "objective", "teacher", "student", "options", "weights", "", "x", "名", "__class__", "__init__",
-    "self", "loss", "weight", "temperature", "corrupt", "train_limit", "labelled_limit", "views", "path", "codec", "mode", "store", "placement", "precision",
-    "layout", "batch_size", "accumulate", "workers", "device", "ema", "clip_norm", "betas", "momentum", "schedule", "warmup", "track", "baseline", "export",
-    "augment", "max_length", "text", "label", "text_pair", "valid", "test", "unlabelled", "valid_fraction", "test_fraction", "select", "checkpoint_every",
+    "epochs", "lr", "model", "source", "train", "data", "seed", "objective", "teacher", "student", "options", "weights", "", "x", "名",
+    "__class__", "__init__",
+    "self", "loss", "weight", "temperature", "corrupt", "train_limit", "labelled_limit", "views", "path", "codec", "mode", "store",
+    "placement", "precision",
+    "layout", "batch_size", "accumulate", "workers", "device", "ema", "clip_norm", "betas", "momentum", "schedule", "warmup", "track",
+    "baseline", "export",
+    "augment", "max_length", "text", "label", "text_pair", "valid", "test", "unlabelled", "valid_fraction", "test_fraction", "select",
+    "checkpoint_every",
     "log_every", "gradient_checkpointing", "teacher_cache", "task",
 ]  # fmt: skip
 SECTIONS = [
@@ -405,17 +423,28 @@ def case_of(seed: int, number: int) -> Case:
 
 # What a person may well write: most of it is right, some of it is too large for this machine or for the data.
 NEAR: dict[str, tuple[Any, ...]] = {
-    "seed": (0, 1, 2**63 - 1), "baseline": (True, False), "export": ([], ["onnx"], ["pt2", "torchscript"], "onnx"), "train.epochs": (1, 10**6, 10**15),
-    "train.batch_size": (1, 2, 3, 39, 10**6, 2**62), "train.lr": (1e-300, 1e300, 3), "train.weight_decay": (0, 1e30), "train.accumulate": (1, 2, 16),
-    "train.warmup": (0, 0.999), "train.ema": (0.5, 0.999999), "train.clip_norm": (1e-30, 1e30), "train.log_every": (1, 10**18), "train.schedule": ("one_cycle",),
-    "train.checkpoint_every": (1, 10**18), "train.precision": ("float32", "float64", "bf16"), "train.workers": (0, 1, 10**9), "train.select": ("best", "last"),
-    "train.layout": ("channels_last",), "train.optimizer": ("sgd", "adam"), "data.seed": (5, 2**63 - 1), "data.valid_fraction": (0.01, 0.5, 0.99), "data.train_limit": (1, 4, 30, 10**12),
-    "data.labelled_limit": (2, 4, 8), "data.corrupt": ("skip",), "data.max_length": (2, 5, 16, 10**9), "data.augment": ("standard", {"crop": 1}, {"crop": 10**7}, {"mixup": 0.2}, {"erase": 1},
-    {"randaugment": [2, 9]}, {"resized_crop": [0.1, 1]}, {"flip": True}), "teacher_cache.views": (1, 2, 10**9, "live"), "teacher_cache.mode": ("auto", "off", "require"),
-    "teacher_cache.codec": ("float32", "sparse"), "teacher_cache.path": ("cache", "/dev/null/x", "data.npz"), "student.options.width": (1, 10**5, 10**10, "4", -3, 0),
-    "student.options.resolution": (1, 8, 10**5, [8, 9]), "teacher.train": ({"epochs": 1}, {"epochs": 1, "if_needed": True}, None), "objective.0.temperature": (1e-300, 1e300, 1),
-    "objective.0.weight": (1e-300, 1e300, 1, {"start": 1, "end": 0}), "track": ([], ["wandb"], ["mlflow"]), "teacher.model": ("run:runs/teacher", "logits:l.npy", "python:models.py:student"),
-    "student.model": ("run:runs/teacher", "timm:test_vit", "hf:bert", "python:models.py:teacher"), "data.source": ("digits", "npz:data.npz", "csv:reviews.csv", "imagefolder:photos"),
+    "seed": (0, 1, 2**63 - 1), "baseline": (True, False), "export": ([], ["onnx"], ["pt2", "torchscript"], "onnx"), "train.epochs": (1,
+    10**6, 10**15),
+    "train.batch_size": (1, 2, 3, 39, 10**6, 2**62), "train.lr": (1e-300, 1e300, 3), "train.weight_decay": (0, 1e30),
+    "train.accumulate": (1, 2, 16),
+    "train.warmup": (0, 0.999), "train.ema": (0.5, 0.999999), "train.clip_norm": (1e-30, 1e30), "train.log_every": (1, 10**18),
+    "train.schedule": ("one_cycle",),
+    "train.checkpoint_every": (1, 10**18), "train.precision": ("float32", "float64", "bf16"), "train.workers": (0, 1, 10**9),
+    "train.select": ("best", "last"),
+    "train.layout": ("channels_last",), "train.optimizer": ("sgd", "adam"), "data.seed": (5, 2**63 - 1), "data.valid_fraction": (0.01,
+    0.5, 0.99), "data.train_limit": (1, 4, 30, 10**12),
+    "data.labelled_limit": (2, 4, 8), "data.corrupt": ("skip",), "data.max_length": (2, 5, 16, 10**9), "data.augment": ("standard",
+    {"crop": 1}, {"crop": 10**7}, {"mixup": 0.2}, {"erase": 1},
+    {"randaugment": [2, 9]}, {"resized_crop": [0.1, 1]}, {"flip": True}), "teacher_cache.views": (1, 2, 10**9, "live"),
+    "teacher_cache.mode": ("auto", "off", "require"),
+    "teacher_cache.codec": ("float32", "sparse"), "teacher_cache.path": ("cache", "/dev/null/x", "data.npz"),
+    "student.options.width": (1, 10**5, 10**10, "4", -3, 0),
+    "student.options.resolution": (1, 8, 10**5, [8, 9]), "teacher.train": ({"epochs": 1}, {"epochs": 1, "if_needed": True}, None),
+    "objective.0.temperature": (1e-300, 1e300, 1),
+    "objective.0.weight": (1e-300, 1e300, 1, {"start": 1, "end": 0}), "track": ([], ["wandb"], ["mlflow"]),
+    "teacher.model": ("run:runs/teacher", "logits:l.npy", "python:models.py:student"),
+    "student.model": ("run:runs/teacher", "timm:test_vit", "hf:bert", "python:models.py:teacher"), "data.source": ("digits",
+    "npz:data.npz", "csv:reviews.csv", "imagefolder:photos"),
 }  # fmt: skip
 
 

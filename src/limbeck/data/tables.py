@@ -166,12 +166,16 @@ def read_parquet(path: Path) -> pa.Table:
 
     most, taken, batches = may_unfold_to(path.stat().st_size), 0, []
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1 << 14):
+        for read in file.iter_batches(batch_size=1 << 14):
+            # a dictionary counts once here, and for every row when its texts are wanted
+            columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in read.columns]
+            batch = pa.record_batch(columns, names=read.schema.names)
             taken += batch.nbytes
             if taken > most:
                 raise ValueError(f"its {path.stat().st_size:,} bytes unfold to more than {most:,}")
             batches.append(batch)
-        return pa.Table.from_batches(batches, file.schema_arrow)
+        table = pa.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()
+        return table.replace_schema_metadata(file.schema_arrow.metadata)
 
 
 def _concatenate(tables: list[pa.Table], where: str, problems: list[Problem]) -> pa.Table | None:

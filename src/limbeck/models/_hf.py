@@ -215,7 +215,7 @@ def _sentences(name: Name, where: str) -> Iterator[None]:
         yield
     except LimbeckError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, KeyError, ImportError, RecursionError, json.JSONDecodeError) as e:
         said = " ".join(str(e).split())[:300]
         raise UsageError(
             Problem(where, f"the Hugging Face model '{name.given}' could not be loaded: {said}", _near(name) if name.path is None else "")
