@@ -56,7 +56,18 @@ SPLITS = ("unit/test_data_splits.py",)
 CHECKPOINT = ("unit/test_checkpoint.py",)
 CRASHED = ("faults/test_faults.py::test_r4_a_crash_after_every_event_of_a_checkpoint",)
 
+RUN = ("unit/test_run.py",)
+LOAD = ("unit/test_data_load.py",)
+
 MUTANTS = (
+    # --- bad files and full disks
+    Mutant("half-a-line-in-the-log", "run.py", "            self.cut(before)\n            raise", "            raise", RUN),
+    Mutant("a-full-disk-of-safetensors-is-a-bug", "run.py", 'type(error).__name__ == "SafetensorError" and', "False and", RUN),
+    Mutant("any-number-of-pixels", "data/decode.py", "if width * height > MAX_PIXELS:", "if False:", LOAD),
+    Mutant(
+        "archives-unfold-without-measure", "data/arrays.py", "if member.file_size > may_unfold_to(member.compress_size):", "if False:", LOAD
+    ),
+    Mutant("skipped-samples-are-not-listed", "data/splits.py", "for row in part.skipped)", "for row in part.skipped if False)", LOAD),
     # --- losses
     Mutant("no-temperature-squared", "losses/logits.py", "return temperature**2 * divergence", "return divergence", LOSSES),
     Mutant(

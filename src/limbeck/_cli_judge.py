@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,8 +44,8 @@ def out_problems(out: str | None, resume: bool) -> list[Problem]:
     if not out.strip():
         return [Problem("--out", "got an empty name, expected a folder.")]
     path = Path(out)
-    first = next((p for p in [path, *path.parents] if p.exists()), None)
-    if first is not None and not first.is_dir():
+    first = next((p for p in [path, *path.parents] if os.path.exists(p)), None)
+    if first is not None and not os.path.isdir(first):
         return [Problem("--out", f"'{first}' is a file, expected a folder.")]
     return []
 
@@ -62,7 +63,7 @@ def run_folder(run: str, problems: Iterable[Problem] = ()) -> Path:
 
 def check_run(run: str, problems: list[Problem]) -> Path:
     folder = Path(run)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         problems.append(no_such(folder, "folder"))
     elif not (folder / "recipe.yaml").is_file():
         problems.append(Problem("", f"'{run}' is not a run: it has no recipe.yaml."))
@@ -72,9 +73,9 @@ def check_run(run: str, problems: list[Problem]) -> Path:
 
 
 def no_such(path: Path, kind: str) -> Problem:
-    if path.exists():
+    if os.path.exists(path):
         return Problem("", f"'{path}' is not a {kind}.")
-    beside = [p.name for p in path.parent.iterdir()][:2000] if path.parent.is_dir() else []
+    beside = [p.name for p in path.parent.iterdir()][:2000] if os.path.isdir(path.parent) else []
     return Problem("", f"no such {kind}: '{path}'.", nearest(path.name, beside))
 
 

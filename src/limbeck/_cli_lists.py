@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,7 @@ def convert(
     The one command that opens a pickle, and weights only.
     """
     problems = []
-    if not Path(source).is_file():
+    if not os.path.isfile(source):
         problems.append(no_such(Path(source), "file"))
     if Path(target).suffix != ".safetensors":
         problems.append(Problem("", f"got the target '{target}', expected a name that ends in .safetensors."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,7 @@ def report(
     problems += [Problem(run, "is named twice.") for run in twice]
     # A comparison does not take the place of the first run's own report.
     target = Path(out) if out else folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "comparison.html"
-    if out == "" or target.is_dir():
+    if out == "" or os.path.isdir(target):
         problems.append(Problem("--out", f"got '{out}', expected the name of an .html file."))
     refuse(problems)
     from limbeck.report import write_report

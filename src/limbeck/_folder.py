@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -33,7 +34,7 @@ __all__ = [
 
 def finished(folder: Path) -> bool:
     """A run is finished when its last file stands (the report comes after the metrics) and nothing that it was to make has failed."""
-    if not (folder / "metrics.json").is_file() or not (folder / "report.html").is_file():
+    if not os.path.isfile(folder / "metrics.json") or not os.path.isfile(folder / "report.html"):
         return False
     return read_json(folder / "metrics.json").get("export_failure") is None
 
@@ -63,7 +64,7 @@ def next_free(root: Path, name: str) -> Path:
 
 def refuse_taken(out: Path, resume: bool) -> None:
     """An output folder with something in it is only written into on ``--resume``, and only where a run was begun."""
-    if not out.exists():
+    if not os.path.exists(out):
         return
     if not out.is_dir():
         raise UsageError(Problem("--out", f"{out} is a file.", "Name a folder that does not exist yet."))
@@ -89,11 +90,11 @@ def matches(out: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, d
 
     None where nothing was begun. Raises UsageError where the recipe, the data or the teacher is another one.
     """
-    if not (out / "recipe.yaml").is_file():
+    if not os.path.isfile(out / "recipe.yaml"):
         return None
     recorded = read_recipe(out)
     problems = [Problem("--resume", text) for text in differences(recorded, _measured_from(recipe, recorded))]
-    environment = read_json(out / "environment.json") if (out / "environment.json").is_file() else {}
+    environment = read_json(out / "environment.json") if os.path.isfile(out / "environment.json") else {}
     for key, what in _FACTS.items():
         before, now = environment.get("facts", {}).get(key), facts.get(key)
         if before is not None and before != now:
@@ -114,7 +115,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 def begun_seeds(out: Path) -> int:
     """How many seeds a run was begun with; 1 where none was begun."""
-    environment = read_json(out / "environment.json") if (out / "environment.json").is_file() else {}
+    environment = read_json(out / "environment.json") if os.path.isfile(out / "environment.json") else {}
     return int(environment.get("facts", {}).get("seeds", 1))
 
 

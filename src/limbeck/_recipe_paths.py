@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def task_of(source: Any) -> str | None:
     return "text-classification" if kind in TEXT_SOURCES else None
 
 
+def home_path(text: str) -> Path:
+    """The path that a person wrote, with ``~`` for a home; where there is no such home it stays as it is, and is looked for under that name."""
+    return Path(os.path.expanduser(text))
+
+
 def complete_source(source: str, base: Path | None) -> str:
     """``reviews.csv`` -> ``csv:reviews.csv``, a folder with train/ -> ``imagefolder:``; unchanged where it has a prefix or nothing fits.
 
@@ -55,9 +61,9 @@ def complete_source(source: str, base: Path | None) -> str:
     if base is None:
         return source
     folder = base / source
-    if (folder / "train").is_dir():
+    if os.path.isdir(folder / "train"):
         return f"imagefolder:{source}"
-    if folder.is_dir() and any(folder.glob("*.parquet")):
+    if os.path.isdir(folder) and any(folder.glob("*.parquet")):
         return f"parquet:{source}"
     return source
 
@@ -129,24 +135,24 @@ def absolute_paths(data: dict[str, Any], base: Path, only: set[str] | None = Non
 
 
 def _absolute(path: str, base: Path) -> str:
-    return str((base / Path(path).expanduser()).resolve()) if path else path
+    return str((base / home_path(path)).resolve()) if path else path
 
 
 def _absolute_source(source: str, base: Path) -> str:
     head, rest = split_name(complete_source(source, base))
-    if head in FILE_SOURCES or (head == "hf" and (base / rest).exists()):
+    if head in FILE_SOURCES or (head == "hf" and os.path.exists(base / rest)):
         return f"{head}:{_absolute(rest, base)}"
     return source
 
 
 def _absolute_model(name: str, base: Path) -> str:
     head, rest = split_name(name)
-    if head in ("run", "logits") or (head in ("hf", "onnx") and (base / rest).exists()):
+    if head in ("run", "logits") or (head in ("hf", "onnx") and os.path.exists(base / rest)):
         return f"{head}:{_absolute(rest, base)}"
     if head == "python":
         target, _, attribute = rest.rpartition(":")
         return f"python:{_absolute(target, base)}:{attribute}" if _is_file_name(target) else name
-    return _absolute(name, base) if not head and (base / name).is_dir() else name
+    return _absolute(name, base) if not head and os.path.isdir(base / name) else name
 
 
 def _absolute_further(name: str, base: Path) -> str:
@@ -188,7 +194,7 @@ def missing_files(data: dict[str, Any], base: Path) -> list[Problem]:
         if head == "logits" and rest:
             problems += _missing(base, rest, f"{role}.model", folder=False)
         if head == "run" and rest:
-            problems += _missing_run(base / Path(rest).expanduser(), f"{role}.model")
+            problems += _missing_run(base / home_path(rest), f"{role}.model")
         if head == "python":
             target = rest.rpartition(":")[0]
             problems += _missing(base, target, f"{role}.model", folder=False) if _is_file_name(target) else []
@@ -208,7 +214,7 @@ def missing_files(data: dict[str, Any], base: Path) -> list[Problem]:
 
 
 def _missing(base: Path, name: str, where: str, *, folder: bool | None) -> list[Problem]:
-    path = base / Path(name).expanduser()
+    path = base / home_path(name)
     wanted = {True: "folder", False: "file", None: "file or folder"}[folder]
     try:
         found = path.exists()
@@ -224,7 +230,7 @@ def _missing(base: Path, name: str, where: str, *, folder: bool | None) -> list[
 
 
 def _missing_run(path: Path, where: str) -> list[Problem]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return _missing(path.parent, path.name, where, folder=True)
     if (path / "student").is_dir() or (path / "model.json").is_file():
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -158,15 +159,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     name = str(path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UsageError(Problem(name, "is a folder, expected a recipe file (YAML)."))
-        raw = path.read_bytes()
+        with open(path, "rb") as f:
+            raw = f.read(MAX_BYTES + 1)  # a device has no end
     except FileNotFoundError:
         raise UsageError(Problem(name, "no such file.", _neighbour(path))) from None
     except OSError as error:
         raise UsageError(Problem(name, f"cannot be read: {error.strerror or error}.")) from None
     if len(raw) > MAX_BYTES:
-        raise UsageError(Problem(name, f"has {len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}."))
+        raise UsageError(Problem(name, f"has more than {MAX_BYTES:,} bytes, which no recipe has."))
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -202,7 +204,7 @@ def _neighbour(path: Path) -> str:
 
     folder = path.parent
     try:
-        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        names = [p.name for p in folder.iterdir()] if os.path.isdir(folder) else []
     except OSError:
         names = []
     return nearest(path.name, names[:2000])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def load_newest(folder: Path, say: Callable[[str], None] = lambda text: None) ->
             if candidate.name != f"step-{step:08d}":
                 raise ValueError(f"its manifest is of step {step}")
             return step, unpack(read_json(candidate / "state.json"), load_file(candidate / "state.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
             say(f"Checkpoint {candidate} is passed over: {e}.")
     return None
 

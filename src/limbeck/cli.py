@@ -6,6 +6,7 @@ recipe judges them, so that all mistakes of a command line are told at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,7 @@ def demo(out: Out = None, json: Json = False) -> None:
     """The main job on digits, from nothing, in about a minute."""
 
     def work() -> dict[str, Any]:
+        refuse(out_problems(out, resume=False))
         from limbeck.demo import demo as run_demo
 
         return dict(run_demo(folder_of(out)))
@@ -287,7 +289,7 @@ def _run(
         asked.resume
         and recipe is None
         and folder is not None
-        and (folder / "recipe.yaml").is_file()
+        and os.path.isfile(folder / "recipe.yaml")
         and not sets
         and all(value is None for value in options.values())
     ):

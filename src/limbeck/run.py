@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -47,8 +48,8 @@ def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn "no space left" (or a quota) into a sentence with the path and the bytes."""
     try:
         yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as e:
+        if _no_space(e):
             free = shutil.disk_usage(existing_parent(path)).free
             wanted = "" if size is None else f" {size:,} bytes were to be written;"
             raise DiskFull(
@@ -57,10 +58,18 @@ def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
         raise
 
 
+def _no_space(error: Exception) -> bool:
+    """safetensors has an error of its own for it, which has the system's number in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    said = str(error)
+    return type(error).__name__ == "SafetensorError" and any(f"os error {number})" in said for number in (errno.ENOSPC, errno.EDQUOT))
+
+
 def existing_parent(path: Path) -> Path:
     """The nearest existing ancestor (or the path itself)."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):
         path = path.parent
     return path
 
@@ -145,7 +154,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises: OSError, ValueError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deep") from None
 
 
 def finite(value: Any) -> Any:
@@ -173,7 +186,9 @@ class Log:
 
     def __init__(self, folder: Path, *, tensorboard: bool = True) -> None:
         self.path = folder / "log.jsonl"
-        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
+        # Unbuffered: what a full disk did not take would be tried again when the file is closed.
+        with disk_errors(self.path):
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._writer, self._board_folder = _summary_writer() if tensorboard else None, folder / "tensorboard"
         self._boards: dict[str, Any] = {}
         self._trackers: list[_Wandb | _Mlflow] = []
@@ -190,20 +205,17 @@ class Log:
     @property
     def offset(self) -> int:
         """Bytes written so far, and on the disk: what a checkpoint remembers."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def cut(self, offset: int) -> None:
         """Forget everything after ``offset`` bytes."""
-        self._file.flush()
         if self._file.tell() > offset:
             self._file.truncate(offset)
             self._file.seek(offset)
 
     def cut_role(self, role: str) -> None:
         """Forget what an attempt that left no checkpoint wrote about a role: roles follow one another, so that is everything from its first line."""
-        self._file.flush()
         offset = 0
         with open(self.path, "rb") as f:
             for raw in f:
@@ -215,30 +227,42 @@ class Log:
     def write(self, line: Mapping[str, Any]) -> None:
         raw = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
         with disk_errors(self.path, len(raw)):
-            self._file.write(raw)
-            self._file.flush()
+            self._append(raw)
         role, step = str(line.get("role", "run")), int(line.get("step", 0))
-        if self._writer is not None and role not in self._boards:
-            # a role's first line says whether it goes on (then with the next step) or begins; the board hides what it had from there on
-            self._boards[role] = self._writer(str(self._board_folder / role), purge_step=int(line.get("resumed_from", -1)) + 1)
         scalars = dict(_scalars(line))
+        with disk_errors(self._board_folder):
+            if self._writer is not None and role not in self._boards:
+                # a role's first line says whether it goes on (then with the next step) or begins; the board hides what it had from there on
+                self._boards[role] = self._writer(str(self._board_folder / role), purge_step=int(line.get("resumed_from", -1)) + 1)
+            if scalars and role in self._boards:
+                # one record for all: add_scalar makes and queues one each, which takes ten times as long
+                from tensorboard.compat.proto.summary_pb2 import Summary
+
+                values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+                self._boards[role].file_writer.add_summary(Summary(value=values), step)
         if not scalars:
             return
-        if role in self._boards:
-            # one record for all: add_scalar makes and queues one each, which takes ten times as long
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-            self._boards[role].file_writer.add_summary(Summary(value=values), step)
         for tracker in self._trackers:
             tracker.send({f"{role}/{name}": value for name, value in scalars.items()}, step)
+
+    def _append(self, raw: bytes) -> None:
+        """The whole line or nothing of it: a disk that runs full takes a part first."""
+        before, left = self._file.tell(), memoryview(raw)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self.cut(before)
+            raise
 
     def close(self) -> None:
         """End every session; called while an exception passes, they end as failed."""
         failed = sys.exc_info()[0] is not None
         self._file.close()
         for board in self._boards.values():
-            board.close()
+            # what the board could not write on a full disk is told again here, and must not take the place of what passes
+            with contextlib.suppress(OSError) if failed else disk_errors(self._board_folder):
+                board.close()
         for tracker in self._trackers:
             tracker.end(failed)
 

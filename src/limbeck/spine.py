@@ -37,7 +37,7 @@ from limbeck._teaching import (
 )
 from limbeck.analysis import analyse
 from limbeck.cache import CachedTeacher, TableTeacher
-from limbeck.data import Data, choose_workers, load_data, text_of, thumbnail
+from limbeck.data import SKIPPED, Data, choose_workers, load_data, skipped_csv, text_of, thumbnail
 from limbeck.engine import Engine, check_precision, choose_device
 from limbeck.errors import Interrupted, Problem, Stopped, UsageError
 from limbeck.evaluate import metrics
@@ -392,6 +392,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
         if recorded is None and ranks.main:
             # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
             write_json(job.out / "environment.json", {"facts": begun.facts})
+            if data.skipped:
+                write_atomic(job.out / SKIPPED, skipped_csv(data))
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
         if begun.model is not None and begun.to_train:
             begun.model, resumed["teacher"] = _train_teacher(job, begun.model, begun.device, progress, stop, cost)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.data import Data, Split, load_data
+from limbeck.data import Data, Split, load_data, skipped_csv
+from limbeck.data.decode import Undecodable, decode
 from limbeck.errors import LimbeckError, UsageError
 from limbeck.recipe import DataSpec
 
@@ -303,6 +305,55 @@ def test_corrupt_files_are_named_or_skipped(tmp_path: Path) -> None:
     assert len(data.train) + len(data.valid) == 12
     write(tmp_path / "train/dog/readme.txt", "hello")
     assert "readme.txt" in problems(lambda: load("imagefolder:.", tmp_path))
+
+
+def test_what_was_skipped_is_listed_whole(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for i in range(30):
+        write(tmp_path / f"train/cat/bad{i:02d}.jpg", "no image")
+    text = problems(lambda: load("imagefolder:.", tmp_path))
+    assert all(f"bad{i:02d}.jpg" in text for i in range(30))
+    data = load("imagefolder:.", tmp_path, corrupt="skip")
+    assert [Path(sample).name for sample, _ in data.skipped] == [f"bad{i:02d}.jpg" for i in range(30)]
+    assert skipped_csv(data).splitlines()[:2] == ["sample,why", f"{tmp_path}/train/cat/bad00.jpg,it is not an image that can be read"]
+    assert len(skipped_csv(data).splitlines()) == 31
+
+
+def test_an_image_without_measure_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path)
+    monkeypatch.setattr("limbeck.data.decode.MAX_PIXELS", 8 * 9)
+    picture(tmp_path / "train/cat/large.png", 3, (8, 10))
+    picture(tmp_path / "train/cat/just.png", 4, (8, 9))
+    text = problems(lambda: load("imagefolder:.", tmp_path))
+    assert "large.png" in text
+    assert "8 x 10 pixels, and at most 72 are decoded" in text
+    assert "just.png" not in text
+    with pytest.raises(Undecodable, match="at most 72"):
+        decode((tmp_path / "train/cat/large.png").read_bytes(), 3)
+
+
+def test_no_other_program_is_asked_to_read_an_image(tmp_path: Path) -> None:
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    folder(tmp_path)
+    write(tmp_path / "train/cat/page.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\nshowpage\n")
+    assert "page.jpg: cannot be read as an image: it is not an image that can be read" in problems(lambda: load("imagefolder:.", tmp_path))
+
+
+def test_arrays_that_would_fill_the_memory_are_not_read(tmp_path: Path) -> None:
+    def member(shape: str, body: bytes = b"") -> bytes:
+        text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
+        text += " " * (53 - len(text) % 64) + "\n"
+        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + body
+
+    for name, raw, said in (
+        ("says", member("(1000000000000, 8, 8)"), "takes 64,000,000,000,000 bytes, and has 0"),
+        ("less", member("(-1, 8, 8)"), "says that it is uint8"),
+        ("cut", member("(9, 8, 8)", bytes(500)), "takes 576 bytes, and has 500"),
+        ("bomb", member("(300000, 32, 32)", bytes(300_000 << 10)), "that unfold to 307,"),
+    ):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("train_x.npy", raw)
+        assert said in problems(lambda name=name: load(f"npz:{name}.npz", tmp_path))  # type: ignore[misc]
 
 
 def test_wrong_folders_get_a_sentence(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from limbeck.errors import ParityFailed, Stopped, UsageError
+from limbeck.errors import DiskFull, ParityFailed, Stopped, UsageError
 from limbeck.export import FORMATS, ExportFailed, export_model, onnx, pt2, torchscript
 from limbeck.export._job import Job, brief, prepare
 from limbeck.export.parity import compare
@@ -536,3 +538,17 @@ def test_weights_too_large_for_one_file_lie_beside_it(tmp_path: Path, monkeypatc
     assert record["bytes"] == sum((folder / n).stat().st_size for n in ("model.onnx", "model.onnx.data"))
     (got,) = session(folder / "model.onnx").run(None, {"x": inputs["x"].numpy()})
     assert np.abs(got - exactly(model, inputs)).max() < 1e-3
+
+
+@pytest.mark.parametrize("form", ["torchscript", "pt2"])
+def test_a_full_disk_is_a_sentence_and_no_crash(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own file writer ends the whole process there; so it must not be given the file's name."""
+    model, inputs = of_image(Cnn())
+
+    def full(self: Path, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskFull, match=r"The disk is full: writing \S+model\.\S+ failed\. [\d,]+ bytes were to be written"):
+        export(model, inputs, tmp_path, form)
+    assert list((tmp_path / "export").iterdir()) == []

@@ -164,6 +164,13 @@ READING = {
     "a negative seed": line((*DIGITS, "--seed", "-1"), "--seed", "at least 0"),
     "a file for a run": line((*DIGITS, "--out", "good.csv"), "--out", "file"),
     "no name for a run": line((*DIGITS, "--out", ""), "--out"),
+    "a name for a run that no file system takes": line((*DIGITS, "--out", "x" * 300 + "/y"), "--out"),
+    "a home that is not there": line((*DISTILL[:4], "python:~nobody/models.py:net", "--data", "npz:~nobody/a.npz"), "~nobody"),
+    "a model's name that no file system takes": line((*DISTILL[:4], "y" * 300, "--data", "digits"), "student", "is no folder here"),
+    "data with a name that no file system takes": line((*DISTILL, "--data", "npz:" + "z" * 300), "--data"),
+    "a run with a name that no file system takes": line(("evaluate", "w" * 300), "no such folder"),
+    "a demo into a file": line(("demo", "--out", "good.csv/x"), "--out", "file"),
+    "a resolution beyond measure": recipe(GOOD, "at most 8,192", options=("--set", "student.options.resolution=100000")),
     "resume of nothing": line((*DIGITS, "--resume"), "--resume", "--out"),
     # other commands
     "evaluate nothing": line(("evaluate", "runs/none"), "no such folder"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from limbeck._folder import refuse_taken
-from limbeck.errors import UsageError
-from limbeck.run import Log, join_logs, read_json, sweep
+from limbeck.errors import DiskFull, UsageError
+from limbeck.run import Log, disk_errors, join_logs, read_json, sweep
 
 
 def line(role: str, step: int, **more: Any) -> dict[str, Any]:
@@ -21,6 +23,66 @@ def line(role: str, step: int, **more: Any) -> dict[str, Any]:
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(raw) for raw in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- a full disk
+
+
+class Full:
+    """A log file on a disk that takes ``left`` more bytes."""
+
+    def __init__(self, file: Any, left: int) -> None:
+        self.file, self.left = file, left
+
+    def write(self, raw: bytes) -> int:
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = int(self.file.write(bytes(raw)[: self.left]))
+        self.left -= taken
+        return taken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("left", [0, 1, 20])
+def test_a_line_that_a_full_disk_does_not_take_is_not_there_in_part(tmp_path: Path, left: int) -> None:
+    log = Log(tmp_path, tensorboard=False)
+    log.write(line("student", 1))
+    log._file = Full(log._file, left)
+    with pytest.raises(DiskFull, match=r"writing \S+log.jsonl failed\. \d+ bytes were to be written; [\d,]+ bytes are free"):
+        log.write(line("student", 2))
+    log.close()  # tries nothing again
+    assert [row["step"] for row in read_lines(tmp_path)] == [1]
+
+
+def test_a_short_write_is_gone_on_with(tmp_path: Path) -> None:
+    log = Log(tmp_path, tensorboard=False)
+
+    class Slow(Full):
+        def write(self, raw: bytes) -> int:
+            return int(self.file.write(bytes(raw)[:7]))
+
+    log._file = Slow(log._file, 0)
+    log.write(line("student", 1))
+    log.close()
+    assert [row["step"] for row in read_lines(tmp_path)] == [1]
+
+
+class SafetensorError(Exception):
+    """As safetensors names its own."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "x"), OSError(errno.EDQUOT, "x"), SafetensorError("Error while serializing: I/O error: x (os error 28)")],
+)
+def test_a_full_disk_is_known_however_it_is_told(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(DiskFull, match=r"writing \S+x failed\. 1,000 bytes were to be written"), disk_errors(tmp_path / "x", 1000):
+        raise error
+    for other in (OSError(errno.EACCES, "x"), SafetensorError("invalid header"), ValueError("(os error 28)")):
+        with pytest.raises(type(other)), disk_errors(tmp_path):
+            raise other
 
 
 # ---- left-overs

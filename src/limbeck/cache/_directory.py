@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from limbeck._recipe_paths import home_path
 from limbeck.cache._manifest import (
     MANIFEST,
     CacheDamaged,
@@ -28,7 +29,7 @@ def default_root() -> Path:
     """Where caches are kept when no path is named: ``$LIMBECK_CACHE``, or ``limbeck/teachers`` in the user's cache folder."""
     named = os.environ.get("LIMBECK_CACHE")
     if named:
-        return Path(named).expanduser()
+        return home_path(named)
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "limbeck" / "teachers"
 

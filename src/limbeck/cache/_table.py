@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from limbeck.data import Data
+from limbeck.data.tables import read_parquet
 from limbeck.errors import Problem, UsageError, nearest
 from limbeck.run import file_sha256
 from limbeck.types import Batch, Needs, Signal
@@ -73,11 +74,10 @@ class TableTeacher:
 
     def _parquet(self, data: Data) -> tuple[npt.NDArray[Any], Int64, Int64 | None]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(self.path)
-        except (pa.ArrowException, OSError) as e:
+            table = read_parquet(self.path)
+        except (pa.ArrowException, OSError, ValueError) as e:
             raise self._wrong(f"{self.path} cannot be read as Parquet: {_said(e)}") from None
         names = table.column_names
         key = "id" if "id" in names else "row"

@@ -11,14 +11,15 @@ from limbeck.data.keys import view_keys
 from limbeck.data.load import FORMS, load_data
 from limbeck.data.loader import choose_workers, stream
 from limbeck.data.python import data_from_python
-from limbeck.data.show import text_of, thumbnail
+from limbeck.data.show import skipped_csv, text_of, thumbnail
 from limbeck.data.sources import Raw, Source
-from limbeck.data.splits import Data, Split
+from limbeck.data.splits import SKIPPED, Data, Split
 from limbeck.data.text import token_lengths
 from limbeck.data.views import augmentation
 
 __all__ = [
     "FORMS",
+    "SKIPPED",
     "BatchBuilder",
     "Data",
     "Plan",
@@ -32,6 +33,7 @@ __all__ = [
     "data_from_python",
     "evaluation_requests",
     "load_data",
+    "skipped_csv",
     "stream",
     "text_of",
     "thumbnail",

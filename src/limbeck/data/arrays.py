@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from limbeck.data.sources import ArrayImages, ImageList, Tensors, channels_last
 from limbeck.data.splits import Part, Role
 from limbeck.errors import Problem, listed, missing_extra, nearest
 
-__all__ = ["digits", "images_part", "part_from_array", "read_npz"]
+__all__ = ["digits", "images_part", "may_unfold_to", "part_from_array", "read_npz"]
 
 
 def images_part(pixels: npt.NDArray[np.uint8], where: str, labels: Labels | None) -> Part:
@@ -76,6 +78,8 @@ def read_npz(path: Path, role: Role | None, problems: list[Problem]) -> tuple[di
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
+            assert archive.zip is not None
+            _check_sizes(archive.zip)
             names = sorted(archive.files)
             arrays: dict[str, npt.NDArray[Any]] = {}
             for name in names:
@@ -84,7 +88,7 @@ def read_npz(path: Path, role: Role | None, problems: list[Problem]) -> tuple[di
                 except ValueError:
                     message = f"array '{name}' holds Python objects, which are never unpickled."
                     problems.append(Problem(str(path), message, "Save it as numbers, or as strings with dtype 'U'."))
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         problems.append(Problem(str(path), f"cannot be read as an .npz file: {error or type(error).__name__}."))
         return {}, None
     if problems:
@@ -121,6 +125,37 @@ def read_npz(path: Path, role: Role | None, problems: list[Problem]) -> tuple[di
             message = f"array '{name}' is not one of the names that are read."
             problems.append(Problem(str(path), message, f"Did you mean '{close[0]}'?"))
     return parts, _class_names(arrays.get("classes"), path, problems)
+
+
+def may_unfold_to(packed: int) -> int:
+    """The bytes that a file of ``packed`` bytes may take in memory: images compress to a tenth and texts to a fifth, zeros to a thousandth.
+
+    >>> may_unfold_to(0) >> 20, may_unfold_to(10 << 20) >> 20
+    (256, 2000)
+    """
+    return max(256 << 20, 200 * packed)
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Refuse what would fill the memory: arrays that say they are larger than they are, and files that unfold without measure.
+
+    Raises:
+        ValueError: says which array, and its bytes.
+    """
+    for member in archive.infolist():
+        if member.file_size > may_unfold_to(member.compress_size):
+            raise ValueError(f"'{member.filename}' has {member.compress_size:,} bytes that unfold to {member.file_size:,}")
+        if not member.filename.endswith(".npy"):
+            continue
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            wanted, there = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if not dtype.hasobject and (min(shape, default=0) < 0 or wanted > there):
+            raise ValueError(
+                f"'{member.filename}' says that it is {dtype} of shape {shape}, which takes {wanted:,} bytes, and has {there:,}"
+            )
 
 
 def _class_names(array: npt.NDArray[Any] | None, path: Path, problems: list[Problem]) -> tuple[str, ...] | None:

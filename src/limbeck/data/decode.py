@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +48,16 @@ EXTENSIONS = frozenset(
 _GREY = frozenset(["1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"])
 
 
+_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+"""What Pillow calls the formats of these files. It goes by the content and not by the name, and would hand a PostScript file to Ghostscript."""
+
+MAX_PIXELS = 89_478_485
+"""Of one image: 256 MiB of RGB. Pillow warns from here on; a small file may say that it has far more."""
+
+MAX_BYTES = 1 << 30
+"""Of one encoded image."""
+
+
 class Undecodable(Exception):
     """Bytes that are no image, or a damaged one; the message says why."""
 
@@ -63,14 +75,37 @@ def pillow() -> Any:
     return Image
 
 
+@contextmanager
+def _opened(content: bytes) -> Iterator[Any]:
+    """The Pillow image, its header read and judged, nothing decoded. Raises: Undecodable, also for what is raised inside."""
+    image_module = pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image_module.init()
+            with image_module.open(io.BytesIO(content), formats=[f for f in _FORMATS if f in image_module.OPEN]) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise Undecodable(f"it has {width:,} x {height:,} pixels, and at most {MAX_PIXELS:,} are decoded")
+                yield image
+    except Undecodable:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
+        raise Undecodable(_reason(error)) from None
+
+
 def channels_of(mode: str) -> int:
     """1 for Pillow's grey modes, 3 for all others."""
     return 1 if mode in _GREY else 3
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return "it is not an image that can be read" if "cannot identify" in text or not text else text
+    text = str(error).strip().rstrip(".")
+    if not text or "cannot identify" in text:
+        return "it is not an image that can be read"
+    if "DecompressionBomb" in type(error).__name__:
+        return f"it has more pixels than the {MAX_PIXELS:,} that are decoded"
+    return text
 
 
 def inspect(content: bytes) -> tuple[int, int, int]:
@@ -79,21 +114,15 @@ def inspect(content: bytes) -> tuple[int, int, int]:
     Raises:
         Undecodable: not an image, or truncated.
     """
-    image_module = pillow()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with image_module.open(io.BytesIO(content)) as image:
-                width, height = image.size
-                # JPEG: all of the entropy coding, little of the rest
-                drafted = image.draft(None, (max(1, width // 8), max(1, height // 8)))
-                image.load()
-                if drafted is None:
-                    width, height = image.size  # the TIFF reader turns images itself while it loads them
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                channels = channels_of(image.mode)
-    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
-        raise Undecodable(_reason(error)) from None
+    with _opened(content) as image:
+        width, height = image.size
+        # JPEG: all of the entropy coding, little of the rest
+        drafted = image.draft(None, (max(1, width // 8), max(1, height // 8)))
+        image.load()
+        if drafted is None:
+            width, height = image.size  # the TIFF reader turns images itself while it loads them
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        channels = channels_of(image.mode)
     return (width, height, channels) if turned else (height, width, channels)
 
 
@@ -106,16 +135,10 @@ def decode(content: bytes, channels: int, draft: int | None = None) -> Pixels:
     Raises:
         Undecodable: not an image, or truncated.
     """
-    image_module = pillow()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with image_module.open(io.BytesIO(content)) as image:
-                if draft is not None:
-                    image.draft(None, (draft, draft))
-                return to_array(image, channels)
-    except Exception as error:
-        raise Undecodable(_reason(error)) from None
+    with _opened(content) as image:
+        if draft is not None:
+            image.draft(None, (draft, draft))
+        return to_array(image, channels)
 
 
 def to_array(image: PILImage.Image, channels: int | None = None) -> Pixels:

@@ -8,19 +8,19 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import xxhash
 
-from limbeck.data.decode import EXTENSIONS, Undecodable, inspect
+from limbeck.data.decode import EXTENSIONS, MAX_BYTES, Undecodable, inspect
 from limbeck.data.decoded import Decoded
 from limbeck.data.ids import bytes_id, from_digests
 from limbeck.data.labels import Labels
 from limbeck.data.sources import FileImages
-from limbeck.data.splits import Part, Role
+from limbeck.data.splits import SKIPPED, Part, Role
 from limbeck.errors import Problem, listed
 
 __all__ = ["read_folder"]
@@ -31,6 +31,9 @@ _SPLITS: dict[str, Role] = {
     "val": "valid", "valid": "valid", "validation": "valid",
     "unlabelled": "unlabelled", "unlabeled": "unlabelled",
 }  # fmt: skip
+
+
+_NAMED = 1000  # bad files that one message names
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ def read_folder(
 
     A folder without ``train/`` is one split of class folders. ``val/`` alone is the test split. ``role``: a further folder for that split.
     """
-    if not root.is_dir():
-        problems.append(Problem(str(root), "there is no such folder." if not root.exists() else "it is a file; a folder is expected."))
+    if not os.path.isdir(root):
+        problems.append(
+            Problem(str(root), "there is no such folder." if not os.path.exists(root) else "it is a file; a folder is expected.")
+        )
         return {}, None
     found: dict[Role, Path] = {}
     if role is None:
@@ -84,18 +89,21 @@ def read_folder(
     if bad:
         shown = [f"{name} ({why})" for name, why in bad]
         if corrupt == "fail":
-            problems += [Problem(str(root / name), f"cannot be read as an image: {why}.") for name, why in bad[:20]]
-            shown_of = f"{len(bad):,} files cannot be read as images{' (20 are named)' if len(bad) > 20 else ''}."
+            problems += [Problem(str(root / name), f"cannot be read as an image: {why}.") for name, why in bad[:_NAMED]]
+            shown_of = f"{len(bad):,} files cannot be read as images{f' ({_NAMED} are named)' if len(bad) > _NAMED else ''}."
             problems.append(Problem("data.corrupt", shown_of, "Repair or remove them, or leave them out with data.corrupt: skip."))
             return {}, classes
-        notes.append(f"{len(bad):,} files that cannot be read as images were skipped: {listed(shown, 20)}.")
+        notes.append(f"{len(bad):,} files that cannot be read as images were skipped (all in {SKIPPED}): {listed(shown, 20)}.")
     channels = max((e.channels for e in entries.values()), default=3)
     parts: dict[Role, Part] = {}
     for split, files in listing.items():
         prefix = found[split].relative_to(root).as_posix()
         kept = [(n if prefix == "." else f"{prefix}/{n}", c) for n, c in files]
+        whys = dict(bad)
+        skipped = tuple((str(root / n), whys[n]) for n, _ in kept if n in whys)
         kept = [(n, c) for n, c in kept if n in entries]
-        parts[split] = _part(root, found[split], kept, entries, channels, index, split == "unlabelled")
+        part = _part(root, found[split], kept, entries, channels, index, split == "unlabelled")
+        parts[split] = replace(part, skipped=skipped)
     return parts, classes
 
 
@@ -200,6 +208,8 @@ def _inspect_all(root: Path, names: Sequence[str], index: Path) -> tuple[dict[st
             old = known.get(name)
             if old is not None and (old.size, old.mtime_ns) == (status.st_size, status.st_mtime_ns):
                 return old
+            if status.st_size > MAX_BYTES:
+                return f"it has {status.st_size:,} bytes, and an image has at most {MAX_BYTES:,}"
             content = path.read_bytes()
             height, width, channels = inspect(content)
         except OSError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck._recipe_paths import home_path
 from limbeck.data.arrays import digits, read_npz
 from limbeck.data.folders import read_folder
 from limbeck.data.hub import read_hub
@@ -81,13 +83,13 @@ def _parse(value: str, where: str, form: str | None, problems: list[Problem]) ->
 def _read(
     form: str, name: str, base: Path, role: Role | None, spec: DataSpec, task: str, notes: list[str], problems: list[Problem]
 ) -> tuple[dict[Role, Part], tuple[str, ...] | None]:
-    path = base / Path(name).expanduser()
+    path = base / home_path(name)
     if form == "digits":
         parts, classes = digits()
         return (parts if role is None else {role: parts["train"]}), classes
     if form == "npz":
-        if not path.is_file():
-            near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        if not os.path.isfile(path):
+            near = nearest(path.name, [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else [])
             problems.append(Problem(str(path), "there is no such file.", near))
             return {}, None
         return read_npz(path, role, problems)

@@ -1,15 +1,24 @@
-"""Samples as people see them: thumbnails and sentences for the report."""
+"""Samples as people see them: thumbnails and sentences for the report, and the list of those that were left out."""
 
 from __future__ import annotations
 
+import csv
+import io
 from typing import Any
 
 import numpy as np
 
 from limbeck.data.decode import png
-from limbeck.data.splits import Split, preview
+from limbeck.data.splits import Data, Split, preview
 
-__all__ = ["text_of", "thumbnail"]
+__all__ = ["skipped_csv", "text_of", "thumbnail"]
+
+
+def skipped_csv(data: Data) -> str:
+    """``sample,why`` of every bad sample that was left out of the data, as CSV."""
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n").writerows([("sample", "why"), *data.skipped])
+    return written.getvalue()
 
 
 def thumbnail(split: Split, index: int, size: int = 64) -> bytes:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "Part", "Split", "assemble", "carve", "stratified_order"]
 
+SKIPPED = "skipped.csv"
+"""The file in a run's folder that lists the bad samples that were left out."""
+
 Int64 = npt.NDArray[np.int64]
 
 
@@ -59,7 +62,8 @@ class Data:
 
     image_size: ``(height, width)`` in pixels, None where it varies or where samples are no images. channels: of images, else 0. shape: of
     one sample of float arrays, else ``()``. mean, std: one a channel, of the training images in [0, 1] (files: estimated on at most 2,000
-    of them). fingerprint: a hash over ids, labels, splits and classes. notes: sentences that a person should be told.
+    of them). fingerprint: a hash over ids, labels, splits and classes. notes: sentences that a person should be told. skipped: every bad
+    sample that was left out (``data.corrupt: skip``), and why.
     """
 
     task: str
@@ -76,6 +80,7 @@ class Data:
     std: tuple[float, ...]
     fingerprint: str
     notes: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 Role = Literal["train", "valid", "test", "unlabelled"]
@@ -83,7 +88,8 @@ Role = Literal["train", "valid", "test", "unlabelled"]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One split as it was given: ``labels`` is None for unlabelled samples. ``size``, ``channels``, ``shape`` as in :class:`Data`."""
+    """One split as it was given: ``labels`` is None for unlabelled samples. ``size``, ``channels``, ``shape`` as in :class:`Data`. skipped:
+    the bad samples that were left out of it, and why."""
 
     where: str
     source: Source
@@ -92,6 +98,7 @@ class Part:
     size: tuple[int, int] | None = None
     channels: int = 0
     shape: tuple[int, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 def _keys(ids: Ids, seed: int, purpose: str) -> npt.NDArray[np.float64]:
@@ -351,6 +358,7 @@ def _finish(task: str, train: Split, valid: Split, test: Split, classes: ClassSe
         std=std,
         fingerprint=digest.hexdigest(),
         notes=tuple(notes),
+        skipped=tuple(row for part in parts for row in part.skipped),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from limbeck.data.arrays import may_unfold_to
 from limbeck.data.decode import Undecodable, inspect
 from limbeck.data.ids import bytes_id, from_digests, text_ids
 from limbeck.data.labels import Labels, from_array, from_column
 from limbeck.data.sources import EncodedImages, Texts
-from limbeck.data.splits import Part, Role
+from limbeck.data.splits import SKIPPED, Part, Role
 from limbeck.errors import Problem, listed, nearest
 
 if TYPE_CHECKING:
@@ -22,9 +24,12 @@ if TYPE_CHECKING:
 
     from limbeck.recipe import DataSpec
 
-__all__ = ["SUFFIXES", "part_from_table", "read_tables", "split_of"]
+__all__ = ["SUFFIXES", "part_from_table", "read_parquet", "read_tables", "split_of"]
 
 SUFFIXES = {"csv": (".csv", ".tsv"), "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}
+
+_COLUMNS = 10_000  # of a CSV file: each takes kilobytes, however little is in it
+_DEPTH = 500
 
 _SPLIT_NAMES: dict[str, Role] = {
     "train": "train", "training": "train",
@@ -46,7 +51,7 @@ def read_tables(
 
     In a folder, files or sub-folders named after splits (``train-0.parquet``, ``test/``) are those splits; otherwise all are one split.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         problems.append(Problem(str(path), "there is no such file.", nearest(path.name, _neighbours(path))))
         return {}, None
     files = [path]
@@ -84,7 +89,7 @@ def read_tables(
 
 
 def _neighbours(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
 
 
 def _split_of_file(file: Path, root: Path) -> Role | None:
@@ -114,6 +119,10 @@ def _read_csv(path: Path, spec: DataSpec) -> pa.Table:
     parse = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
     wanted = [c for c in (spec.text, spec.text_pair or "text_pair", spec.label) if c]
     convert = csv.ConvertOptions(column_types={c: pa.string() for c in wanted}, strings_can_be_null=False)
+    with open(path, "rb") as f:
+        columns = 1 + f.readline(64 << 20).count(parse.delimiter.encode())
+    if columns > _COLUMNS:
+        raise ValueError(f"its first line has {columns:,} columns, and at most {_COLUMNS:,} are read")
     # one block: a quoted field may be longer than the default block of 1 MiB
     block = max(1 << 20, min(path.stat().st_size + 1, (1 << 31) - 1))
     return csv.read_csv(path, csv.ReadOptions(block_size=block), parse, convert)
@@ -122,14 +131,51 @@ def _read_csv(path: Path, spec: DataSpec) -> pa.Table:
 def _read_jsonl(path: Path, spec: DataSpec) -> pa.Table:
     from pyarrow import json as arrow_json
 
+    _check_depth(path)
     block = max(1 << 20, min(path.stat().st_size + 1, (1 << 31) - 1))
     return arrow_json.read_json(path, arrow_json.ReadOptions(block_size=block))
 
 
+def _check_depth(path: Path) -> None:
+    """Refuse JSON nested so deep that Arrow's reader, which goes down by one call a level, would end the process.
+
+    Raises: ValueError.
+    """
+    with open(path, "rb") as f:
+        for number, row in enumerate(f, start=1):
+            if row.count(b"[") + row.count(b"{") > _DEPTH:  # or a text with many brackets
+                try:
+                    json.loads(row)
+                except RecursionError:
+                    raise ValueError(f"line {number:,} is nested too deep") from None
+
+
 def _read_parquet(path: Path, spec: DataSpec) -> pa.Table:
+    return read_parquet(path)
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """A Parquet file, piece by piece: a few bytes may say that one value stands in any number of rows.
+
+    Raises:
+        pa.ArrowException, OSError: it cannot be read.
+        ValueError: it takes more memory than a file of its size may.
+    """
+    import pyarrow as pa
     from pyarrow import parquet
 
-    return parquet.read_table(path)
+    most, taken, batches = may_unfold_to(path.stat().st_size), 0, []
+    with parquet.ParquetFile(path) as file:
+        for read in file.iter_batches(batch_size=1 << 14):
+            # a dictionary counts once here, and for every row when its texts are wanted
+            columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in read.columns]
+            batch = pa.record_batch(columns, names=read.schema.names)
+            taken += batch.nbytes
+            if taken > most:
+                raise ValueError(f"its {path.stat().st_size:,} bytes unfold to more than {most:,}")
+            batches.append(batch)
+        table = pa.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()
+        return table.replace_schema_metadata(file.schema_arrow.metadata)
 
 
 def _concatenate(tables: list[pa.Table], where: str, problems: list[Problem]) -> pa.Table | None:
@@ -214,6 +260,7 @@ def _text_part(
     pairs = _strings(table, pair_name, where, problems) if pair_name else None
     if texts is None or (pair_name and pairs is None):
         return None
+    skipped: tuple[tuple[str, str], ...] = ()
     present = np.array([t is not None and (pairs is None or pairs[i] is not None) for i, t in enumerate(texts)], dtype=bool)
     if not present.all():
         rows = listed([str(r + first_row) for r in np.flatnonzero(~present)[:5].tolist()])
@@ -221,7 +268,8 @@ def _text_part(
         if spec.corrupt == "fail":
             problems.append(Problem(where, message, "Fill them, or leave them out with data.corrupt: skip."))
             return None
-        notes.append(f"{where}: {message} They were skipped.")
+        notes.append(f"{where}: {message} They were skipped (all in {SKIPPED}).")
+        skipped = tuple((f"{where}: row {row + first_row}", "it has no text") for row in np.flatnonzero(~present).tolist())
         kept = np.flatnonzero(present).tolist()
         texts = [texts[i] for i in kept]
         pairs = None if pairs is None else [pairs[i] for i in kept]
@@ -230,7 +278,7 @@ def _text_part(
     empty = sum(not t.strip() for t in whole)
     if empty:
         notes.append(f"{where}: {empty:,} of {len(whole):,} rows have an empty text.")
-    return Part(where, Texts(whole, pairs), text_ids(whole, pairs), labels)
+    return Part(where, Texts(whole, pairs), text_ids(whole, pairs), labels, skipped=skipped)
 
 
 def _image_column(table: pa.Table, spec: DataSpec) -> str | None:
@@ -246,26 +294,29 @@ def _image_column(table: pa.Table, spec: DataSpec) -> str | None:
 
 def _image_part(column: Any, where: str, labels: Labels | None, spec: DataSpec, notes: list[str], problems: list[Problem]) -> Part | None:
     source = EncodedImages(column, 3, Path(where).parent)
-    digests, sizes, kept, bad = [], [], [], []
+    digests, sizes, kept = [], [], []
+    skipped: list[tuple[str, str]] = []
     channels = 1
     for row in range(len(source)):
         try:
             content = source.content(row)
             height, width, depth = inspect(content)
         except (Undecodable, OSError, TypeError, KeyError) as error:
-            bad.append(f"row {row} ({error})")
+            skipped.append((f"{where}: row {row}", str(error)))
             continue
         digests.append(bytes_id(content))
         sizes.append((height, width))
         kept.append(row)
         channels = max(channels, depth)
-    if bad:
+    if skipped:
+        bad = [f"{sample.removeprefix(f'{where}: ')} ({why})" for sample, why in skipped]
         if spec.corrupt == "fail":
-            message = f"{len(bad):,} images cannot be read: {listed(bad, 10)}."
+            message = f"{len(bad):,} images cannot be read: {listed(bad, 1000)}."
             problems.append(Problem(where, message, "Remove them, or leave them out with data.corrupt: skip."))
             return None
-        notes.append(f"{where}: {len(bad):,} images that cannot be read were skipped: {listed(bad, 20)}.")
+        notes.append(f"{where}: {len(bad):,} images that cannot be read were skipped (all in {SKIPPED}): {listed(bad, 20)}.")
         column = column.take(np.array(kept, dtype=np.int64))
         labels = None if labels is None else Labels(labels.where, labels.values[kept], labels.as_values)
     size = sizes[0] if len(set(sizes)) == 1 else None
-    return Part(where, EncodedImages(column, channels, Path(where).parent), from_digests(digests), labels, size=size, channels=channels)
+    source = EncodedImages(column, channels, Path(where).parent)
+    return Part(where, source, from_digests(digests), labels, size=size, channels=channels, skipped=tuple(skipped))

@@ -67,7 +67,8 @@ def export_model(
         FORMATS[name].require()
     if not names:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     records: dict[str, dict[str, Any]] = {}
     failures: list[LimbeckError] = []
     with forked(0, "export"):
@@ -100,9 +101,9 @@ def _write_checked(name: str, job: Job, expected: Sequence[Logits], folder: Path
     for exporter, write in form.writers():
         work = folder / f".{final.name}.{os.getpid()}.tmp"
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
         try:
             with disk_errors(final, job.weight_bytes), quiet(job):
+                work.mkdir()
                 outcome = _attempt(form, write, job, expected, work / final.name)
             if isinstance(outcome, tuple):
                 parity, measured = outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def _write(job: Job, path: Path, *, strict: bool) -> None:
     for graph in (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
         for node in graph.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
-    torch.export.save(program, str(path), extra_files={f"{k}.json": v for k, v in job.metadata.items()})
+    written = io.BytesIO()  # torch's own file writer ends the process where the disk is full
+    torch.export.save(program, written, extra_files={f"{k}.json": v for k, v in job.metadata.items()})
+    path.write_bytes(written.getbuffer())
 
 
 def load(path: Path) -> Runner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def writers() -> tuple[tuple[str, Callable[[Job, Path], None]], ...]:
 
 def _write(job: Job, path: Path) -> None:
     traced = torch.jit.trace(job.module, job.example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-    torch.jit.save(traced, str(path), _extra_files={f"{k}.json": v for k, v in job.metadata.items()})
+    written = io.BytesIO()  # torch's own file writer ends the process where the disk is full
+    torch.jit.save(traced, written, _extra_files={f"{k}.json": v for k, v in job.metadata.items()})
+    path.write_bytes(written.getbuffer())
 
 
 def load(path: Path) -> Runner:

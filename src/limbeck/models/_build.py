@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
+from limbeck._recipe_paths import home_path
 from limbeck.errors import Problem, UsageError
 from limbeck.models import _files, _hf, _images, _python, _tokens, _vision
 from limbeck.models._heads import resize_head
@@ -306,8 +308,8 @@ def _from_hf(wish: _Wish) -> _Built:
 
 
 def _text(module: nn.Module, source: str, wish: _Wish) -> tuple[TextPreprocessing, list[str]]:
-    path = wish.base / Path(source).expanduser()
-    folder = path.resolve() if path.is_dir() else None
+    path = wish.base / home_path(source)
+    folder = path.resolve() if os.path.isdir(path) else None
     key = f"{wish.role}.options.tokenizer" if "tokenizer" in wish.own else wish.model_key
     tokenizer, stored = _tokens.read_tokenizer(str(folder) if folder else source, folder, key)
     return _tokens.text_preprocessing(module, tokenizer, stored, asked=wish.own.get("max_length"), wanted=wish.max_length, where=wish.role)
@@ -455,7 +457,8 @@ def _preprocessing_of(module: nn.Module, role: Role, data: Data, tokenizer: Any,
                 Problem(role, "a module on text needs its tokenizer.", "Pass tokenizer=, a folder or a tokenizer of transformers.")
             )
         if isinstance(source, str | Path):
-            folder = Path(source).expanduser().resolve() if Path(source).expanduser().is_dir() else None
+            path = home_path(str(source))
+            folder = path.resolve() if os.path.isdir(path) else None
             source, stored = _tokens.read_tokenizer(str(folder or source), folder, role)
         else:
             stored = _tokens.store_tokenizer(source, role)

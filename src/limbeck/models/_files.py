@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from limbeck._recipe_paths import home_path
 from limbeck.errors import Problem, UsageError, listed
 from limbeck.models._heads import find_head, head_size, resize_head
 
@@ -18,7 +20,7 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 def find_weights(weights: str, base: Path, where: str) -> Path:
     """The safetensors file that ``weights`` names, relative to ``base``."""
     key = f"{where}.weights"
-    path = base / Path(weights).expanduser()
+    path = base / home_path(weights)
     if path.suffix.lower() in PICKLED:
         target = Path(weights).with_suffix(".safetensors")
         raise UsageError(
@@ -28,7 +30,7 @@ def find_weights(weights: str, base: Path, where: str) -> Path:
         raise UsageError(
             Problem(key, f"'{weights}' is not a .safetensors file; 'pretrained' and 'scratch' are the words that are allowed here.")
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(Problem(key, f"the file {path} does not exist."))
     return path
 

@@ -55,6 +55,7 @@ def create_hf(name: Name, *, data_kind: str, scratch: bool, options: dict[str, A
             Problem(where, f"'{name.given}' is of the type '{config.model_type}', which has no form that is {what} classifier.")
         )
     _override(config, options, where)
+    _check_sizes(config, where)
     classes = tuple(str(config.id2label[i]) for i in sorted(config.id2label)) if config.id2label else ()
     common: dict[str, Any] = {"config": config, "trust_remote_code": False, "dtype": torch.float32}
     if scratch:
@@ -68,6 +69,21 @@ def create_hf(name: Name, *, data_kind: str, scratch: bool, options: dict[str, A
     made = Pretrained(module, source, True, classes)
     _judge(made, info, name, where)
     return made
+
+
+_MOST_LAYERS = 10_000
+_MOST_ROWS = 100_000_000
+
+
+def _check_sizes(config: Any, where: str) -> None:
+    """Refuse numbers of layers and rows that no published model has: building them would not end, or take all memory."""
+    problems = []
+    for key, value in config.to_dict().items():
+        most = _MOST_LAYERS if "layers" in key else _MOST_ROWS if key.endswith(("size", "embeddings", "labels", "dim")) else None
+        if most is not None and isinstance(value, int) and value > most:
+            problems.append(Problem(where, f"its configuration has {key}: {value:,}, and at most {most:,} are built."))
+    if problems:
+        raise UsageError(problems)
 
 
 def _judge(made: Pretrained, info: dict[str, Any], name: Name, where: str) -> None:
@@ -199,7 +215,7 @@ def _sentences(name: Name, where: str) -> Iterator[None]:
         yield
     except LimbeckError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, KeyError, ImportError, RecursionError, json.JSONDecodeError) as e:
         said = " ".join(str(e).split())[:300]
         raise UsageError(
             Problem(where, f"the Hugging Face model '{name.given}' could not be loaded: {said}", _near(name) if name.path is None else "")

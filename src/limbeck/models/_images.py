@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["adapt_published", "from_data", "read_resolution", "refuse_channels", "sample_inputs", "try_model"]
 
 Size = tuple[int, int]
+LARGEST = 8192
+"""Pixels of a side. A batch of two such images takes 1.5 GiB."""
 CENTRE = 0.875
 """The share of the shorter side that a centre crop keeps at evaluation where nothing is published: 224 of 256."""
 
@@ -27,8 +29,9 @@ def read_resolution(value: Any, where: str) -> Size | None:
     if value is None:
         return None
     pair = (value, value) if type(value) is int else tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or not all(type(v) is int and v > 0 for v in pair):
-        raise UsageError(Problem(f"{where}.options.resolution", f"a size in pixels is wanted, such as 224 or [224, 224]; got {value!r}."))
+    if len(pair) != 2 or not all(type(v) is int and 0 < v <= LARGEST for v in pair):
+        wanted = f"a size in pixels of at most {LARGEST:,} is wanted, such as 224 or [224, 224]"
+        raise UsageError(Problem(f"{where}.options.resolution", f"{wanted}; got {value!r}."))
     return int(pair[0]), int(pair[1])
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from limbeck._recipe_paths import home_path
 from limbeck.errors import Problem, UsageError, nearest
 
 __all__ = ["SHORT_NAMES", "Name", "known_models", "parse_name"]
@@ -115,8 +117,8 @@ def _prefixed(prefix: str, target: str, given: str, base: Path, where: str) -> N
 
 
 def _folder(text: str, base: Path) -> Path | None:
-    path = base / Path(text).expanduser()
-    return path.resolve() if path.is_dir() else None
+    path = base / home_path(text)
+    return path.resolve() if os.path.isdir(path) else None
 
 
 def _looks_like_path(text: str) -> bool:

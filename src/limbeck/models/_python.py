@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from limbeck._recipe_paths import home_path
 from limbeck.errors import Problem, UsageError, listed, nearest
 from limbeck.randomness import forked
 
@@ -29,7 +31,7 @@ def find_callable(target: str, base: Path, where: str, neighbours: Path | None =
     if not colon or not place or not attribute:
         raise UsageError(Problem(where, f"'python:{target}' should read python:FILE.py:CALLABLE or python:MODULE:CALLABLE."))
     is_file = place.endswith(".py") or "/" in place or "\\" in place
-    module, file = _from_file(base / Path(place).expanduser(), where, neighbours) if is_file else _from_name(place, base, where)
+    module, file = _from_file(base / home_path(place), where, neighbours) if is_file else _from_name(place, base, where)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -45,8 +47,8 @@ def find_callable(target: str, base: Path, where: str, neighbours: Path | None =
 
 
 def _from_file(path: Path, where: str, neighbours: Path | None) -> tuple[Any, Path]:
-    if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+    if not os.path.isfile(path):
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if os.path.isdir(path.parent) else ""
         raise UsageError(Problem(where, f"the file {path} does not exist.", near))
     path = path.resolve()
     key = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]
@@ -73,7 +75,7 @@ def _from_name(name: str, base: Path, where: str) -> tuple[Any, Path | None]:
             module = importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name and (name == e.name or name.startswith(f"{e.name}.")):
-            hint = f"For a file, write python:{name}.py:CALLABLE." if (base / f"{name}.py").is_file() else ""
+            hint = f"For a file, write python:{name}.py:CALLABLE." if os.path.isfile(base / f"{name}.py") else ""
             raise UsageError(Problem(where, f"there is no Python module '{name}' here.", hint)) from e
         raise UsageError(Problem(where, f"importing {name} failed: {_said(e)}")) from e
     except (Exception, SystemExit) as e:

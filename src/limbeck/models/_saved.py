@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +35,15 @@ def save_model(model: Model, folder: Path, classes: tuple[str, ...]) -> None:
     plain ``state_dict`` names. ``model.json`` beside it says how to build the module, how it wants its inputs, its classes, and the
     SHA-256 of every file. classes: the names of the outputs, in order. Raises ``DiskFull``.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with disk_errors(folder), _full_disk():
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
             _write(model, temporary, classes)
         commit_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _full_disk() -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as e:
-        if "os error 28" in str(e) or "No space left" in str(e):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
-        raise
 
 
 def _write(model: Model, folder: Path, classes: tuple[str, ...]) -> None:
@@ -153,7 +137,7 @@ def load_saved(folder: Path, where: str = "") -> Model:
     inner = folder / "student" if not (folder / "model.json").is_file() else folder
     about = _read(inner, where)
     _verify(inner, about, where)
-    preprocessing = _preprocessing(inner, about["preprocessing"])
+    preprocessing = _preprocessing(inner, about["preprocessing"], where)
     build = dict(about["build"])
     notes: list[str] = []
     match about["kind"]:
@@ -217,7 +201,7 @@ def _read(folder: Path, where: str) -> dict[str, Any]:
         raise UsageError(Problem(where, f"there is no saved model in {folder} (no model.json).", "Is the run finished?"))
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UsageError(Problem(where, f"{path} is not JSON: {e}.")) from e
     wanted = ("format", "kind", "spec", "build", "num_classes", "classes", "preprocessing", "dtype", "weights_sha256", "files")
     absent = [key for key in wanted if not isinstance(about, dict) or key not in about]
@@ -227,7 +211,25 @@ def _read(folder: Path, where: str) -> dict[str, Any]:
         raise UsageError(
             Problem(where, f"{path} has the format {about['format']}; this version of Limbeck reads {FORMAT}.", "pip install -U limbeck")
         )
+    wrong = [key for key, right in _FORMS.items() if not right(about[key])]
+    if wrong:
+        raise UsageError(
+            Problem(where, f"{path} does not describe a saved model (these say nothing that can be used: {', '.join(wrong)}).")
+        )
     return dict(about)
+
+
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda v: isinstance(v, str),
+    "spec": lambda v: isinstance(v, dict),
+    "build": lambda v: isinstance(v, dict),
+    "num_classes": lambda v: type(v) is int and v > 0,
+    "classes": lambda v: isinstance(v, list) and all(isinstance(c, str) for c in v),
+    "preprocessing": lambda v: isinstance(v, dict) and v.get("kind") in _KINDS,
+    "dtype": lambda v: v in ("float32", "float64", "float16", "bfloat16"),
+    "files": lambda v: isinstance(v, dict) and all(isinstance(digest, str) for digest in v.values()),
+}
+"""What the values in ``model.json`` are."""
 
 
 def _verify(folder: Path, about: dict[str, Any], where: str, *, weights: bool = True) -> None:
@@ -245,11 +247,14 @@ def _verify(folder: Path, about: dict[str, Any], where: str, *, weights: bool = 
         raise UsageError(problems)
 
 
-def _preprocessing(folder: Path, saved: dict[str, Any]) -> Preprocessing:
+def _preprocessing(folder: Path, saved: dict[str, Any], where: str) -> Preprocessing:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
     if values["kind"] == "text":
         values["tokenizer"] = str(folder)
-    made: Preprocessing = _KINDS[values["kind"]](**values)
+    try:
+        made: Preprocessing = _KINDS[values["kind"]](**values)
+    except TypeError as e:
+        raise UsageError(Problem(where, f"{folder / 'model.json'} does not say how its model wants {values['kind']} inputs: {e}.")) from e
     return made
 
 
