@@ -100,7 +100,7 @@ def one_run(point: dict[str, int]) -> dict[str, Any]:
     x = drawn.standard_normal((point["samples"], 64), dtype=np.float32)
     few = max(128, 2 * point["classes"]) if point["classes"] <= 1000 else point["classes"]
     if point["samples"] < point["classes"]:  # every class has a sample
-        labels = np.resize(labels, point["classes"])
+        labels = np.arange(point["classes"])
         x = drawn.standard_normal((point["classes"], 64), dtype=np.float32)
     test = {"test_x": drawn.standard_normal((few, 64), dtype=np.float32), "test_y": np.arange(few) % point["classes"]}
     np.savez(folder / "train.npz", train_x=x, train_y=labels, **test, valid_x=test["test_x"] + 1, valid_y=test["test_y"])

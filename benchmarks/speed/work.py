@@ -26,7 +26,7 @@ from limbeck.data import load_data
 from limbeck.models import build_model
 from limbeck.randomness import order
 from limbeck.reading import build_recipe
-from speed.measuring import ROOT, WORK, limbeck, read_json
+from speed.measuring import ROOT, WORK, limbeck, matmul_rate, read_json
 
 KD = [{"loss": "kd", "weight": 0.7, "temperature": 6.0}, {"loss": "cross_entropy", "weight": 0.3}]
 MODELS = ROOT / "benchmarks/models"
@@ -155,11 +155,14 @@ def cifar_teacher() -> Path:
             return ROOT / "runs" / name
     data("cifar10.npz", "cifar10")
     out = ROOT / "runs/bench-cifar10-teacher"
+    quick_in_bf16 = matmul_rate(torch.bfloat16) > matmul_rate(torch.float32)  # not every processor has instructions for it
     limbeck(
         "train",
         "examples/cifar10-teacher.yaml",
         "--set",
         "train.epochs=2",
+        "--set",
+        f"train.precision={'bf16' if quick_in_bf16 else 'float32'}",
         "--set",
         "export=[]",
         "--out",
