@@ -161,7 +161,8 @@ def label(
         from limbeck.label import label as fill
 
         if ids is not None:
-            print(f"{ids_of(loaded, base, Path(ids)):,} samples are in {ids}.")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{ids_of(loaded, base, Path(ids)):,} samples are in {ids}.")
             return {"ids": ids}
         return dict(fill(loaded, base=base, progress="plain" if json else "auto", dry_run=dry_run, verify_cache=count))
 
@@ -200,6 +201,7 @@ def sweep(
     def work() -> dict[str, Any]:
         from limbeck._folder import next_free
         from limbeck._vary import combinations, read_vary
+        from limbeck.ranks import joined, refuse_lost_folder
         from limbeck.reading import RecipeError
         from limbeck.sweep import sweep as run_sweep
 
@@ -211,7 +213,11 @@ def sweep(
         except RecipeError as error:
             raise RecipeError([*problems, *error.problems], error.source) from None
         refuse(problems)
-        folder = folder_of(out) or next_free(Path("runs"), "sweep")
+        folder = folder_of(out)
+        if folder is None:
+            with joined() as ranks:
+                refuse_lost_folder()
+                folder = Path(ranks.from_main(lambda: str(next_free(Path("runs"), "sweep"))))
         how: dict[str, Any] = {"progress": "plain" if json else "auto", "dry_run": dry_run}
         return dict(run_sweep(points, base=base, vary=varied, out=folder, resume=resume, seeds=count or 1, **how))
 

@@ -49,7 +49,7 @@ class Feed:
 @dataclass
 class Recorder:
     """Where a fit leaves its traces. ``stop`` says whether a signal asked to leave; ``validate`` is run after every
-    epoch, ``committed`` after every checkpoint."""
+    epoch, ``committed`` after every checkpoint, both by all ranks at once."""
 
     role: str
     checkpoints: Path
@@ -125,7 +125,7 @@ def fit(
         recorder.log.write({"role": recorder.role, "step": done.steps, "checkpoint": True})
         if ranks.main:
             checkpoint.save(recorder.checkpoints, done.steps, {**state.capture(done), "log_offset": recorder.log.offset})
-            recorder.committed()
+        recorder.committed()
         ranks.barrier()
 
     requests = (plan.request(step).share(ranks.rank, ranks.size) for step in range(done.steps, plan.total_steps))

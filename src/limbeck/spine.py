@@ -245,6 +245,8 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             if told is not None and job.verify_cache is None:
                 with _read_whole(begun):
                     begun.known = recalled(begun.answers, told, data)
+            if job.ranks.any(begun.answers is None) and begun.answers is not None:
+                _live(begun, "what lies on another machine cannot be used")
             if job.ranks.any(begun.known is None):  # a machine whose cache lacks something has its teacher asked, and the others go along
                 begun.known = None
                 if begun.answers is not None:
@@ -282,7 +284,12 @@ def begin(job: Job, *, label: bool = False) -> Begun:
 
 def agree(job: Job, begun: Begun) -> None:
     """Machines with files of their own hold the same ones."""
-    recipe = job.recipe.model_dump(mode="json", include={"task", "seed", "objective", "train", "baseline", "export"})
+    recipe = job.recipe.model_dump(
+        mode="json", include={"task", "seed", "objective", "train", "baseline", "export", "data", "teacher_cache"}
+    )
+    for section, places in (("data", ("source", "test", "valid", "unlabelled")), ("teacher_cache", ("path",))):
+        for name in places:  # what is there is compared by its content
+            recipe[section].pop(name)
     asked = {"whether the teacher is loaded": begun.model is not None, "whether its answers are kept": begun.answers is not None}
     job.ranks.agree({**begun.facts, **recipe, **asked})
 
@@ -335,9 +342,15 @@ def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> Ta
 
 def keep(begun: Begun, told: Sources | None) -> None:
     """:func:`_keep`, on every rank alike."""
+    assert begun.model is not None
+    own, cached = (begun.model.preprocessing, list(begun.model.notes)), begun.cached
     _keep(begun, told)
     if begun.parts.ranks.any(begun.answers is None) and begun.answers is not None:
-        _live(begun, "the process on another machine cannot keep its answers")
+        begun.cached = cached
+        _live(begun, "another machine cannot keep or use its answers")
+        begun.model.preprocessing, begun.model.notes = own
+        begun.known = known_of(begun.model)
+        begun.parts.teacher = begun.model.preprocessing
 
 
 def _keep(begun: Begun, told: Sources | None) -> None:
@@ -376,6 +389,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     begun = begun or begin(job)
     agree(job, begun)
     recorded = _recorded(job, begun.facts)
+    if ranks.size > 1 and not begun.objective.per_item:
+        begun.notes.append("The objective is taken over a batch: on several ranks each takes it over its own share of a step.")
     for note in [*begun.notes, _summary(data, begun)]:
         progress.say(note)
     if dry_run:
@@ -551,6 +566,11 @@ class _Cost:
         self.before = {**_NOTHING, **(read_json(path) if path.is_file() else {})}
         self.others = [0, 0]  # items and hits of the other ranks, when they were last asked
 
+    def keep_all(self) -> None:
+        """Called by all ranks at once."""
+        self.ask_ranks()
+        self.keep()
+
     def ask_ranks(self) -> None:
         """Called by all ranks at once."""
         own = self._own()
@@ -665,7 +685,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: _S
                 )
             except Stopped as e:  # what was trained and measured is kept and reported; the exit code still says that the export failed
                 failure = e
-            stop.between("the report")  # an exporter may have taken the signal for a failure of its own
+            stop.alone("the report")  # an exporter may have taken the signal for a failure of its own
             shared.exact.place(student.module)
             student.module.load_state_dict(trained["student"][1])
         result = seed_metrics(
@@ -751,7 +771,7 @@ def _train_role(
     else:
         feed = parts.feed(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher), **how)
     validate = parts.validation(student, shared.engine)
-    recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep)
+    recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep_all)
     with shared.stop.steps():
         return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes, parts.ranks)
 
@@ -777,6 +797,8 @@ def _fit_once(
         trained, state = Trained(**found[1]["done"]), found[1]["student"]
     else:
         trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder, ranks)
+        for buffer in student.module.buffers():  # batch statistics are each rank's own; those of the main rank are what is saved
+            ranks.broadcast(buffer)
         state = snapshot(student.module)
         if ranks.main:
             checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
@@ -828,7 +850,7 @@ def _train_teacher(job: Job, teacher: Model, device: torch.device, progress: Pro
     log = Log(job.out) if ranks.main else NoLog()
     try:
         validate = own.validation(teacher, engine)
-        recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep)
+        recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep_all)
         feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
         with stop.steps():
             trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes, ranks)

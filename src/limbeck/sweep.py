@@ -17,7 +17,7 @@ from limbeck._vary import Combination
 from limbeck.again import export_run
 from limbeck.errors import Problem, UsageError
 from limbeck.progress import Progress
-from limbeck.ranks import joined
+from limbeck.ranks import joined, restarted
 from limbeck.report import write_sweep_report
 from limbeck.run import commit_folder, finite, is_left_over, read_json, write_atomic, write_json
 from limbeck.spine import execute
@@ -47,6 +47,7 @@ def sweep(
     """
     plan = {"vary": vary, "seeds": seeds, "recipes": {p.name: p.recipe.model_dump(mode="json") for p in points}}
     with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
+        resume = resume or restarted(ranks)
         if ranks.main:
             refuse_taken(out, resume)
             _same_plan(out, plan, resume)

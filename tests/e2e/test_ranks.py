@@ -99,9 +99,9 @@ def test_ranks_end_in_the_weights_of_one_process(there: Path, tmp_path: Path, si
 
 def test_float32_logits_after_an_epoch_of_adamw(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, train=48)
-    path = recipe(folder, student={"model": "python:nets.py:plain"}, train={"epochs": 1, "lr": 0.01})
+    path = recipe(folder, student={"model": "python:nets.py:plain"}, train={"epochs": 1, "lr": 0.01}, export=["onnx"])
     run("distill", path, out=tmp_path / "alone")
-    several(2, "distill", path, out=tmp_path / "two")
+    assert several(2, "distill", path, out=tmp_path / "two")["export"]["onnx"]["agreement"] == 1.0
     x = np.load(folder / "pictures.npz")["test_x"].reshape(18, -1) / 255.0
     found = []
     for name in ("alone", "two"):
