@@ -652,16 +652,19 @@ def run(count: int | None = None, seed: int = SEED) -> dict[str, Any]:
     while start < count:
         size = min(BATCH, count - start)
         command = [sys.executable, __file__, "--child", str(seed), str(start), str(size)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
-        for number, code, wrong, far in rows:
-            tried += 1
-            reached[far] += 1
-            codes[str(code)] += not wrong
-            if wrong:
-                failed[number] = wrong
-        start += len(rows)
-        if len(rows) < size:
+        rows = 0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as done:
+            assert done.stdout is not None
+            for line in done.stdout:
+                number, code, wrong, far = json.loads(line)
+                rows, tried = rows + 1, tried + 1
+                reached[far] += 1
+                codes[str(code)] += not wrong
+                if wrong:
+                    failed[number] = wrong
+                    print(f"R12: case {number}: {wrong}", file=sys.stderr, flush=True)
+        start += rows
+        if rows < size:
             failed[start] = f"the process died with {done.returncode}"
             tried, start = tried + 1, start + 1
         print(f"R12: {tried:,} of {count:,}, {len(failed)} failed, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
