@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant(
         "whole-answers-not-read",
         "spine.py",
-        "(wanted or answers.begun())",
+        "(wanted or not job.ranks.any(not answers.begun()))",
         "wanted",
         ("e2e/test_cache.py::test_what_is_there_is_read_although_each_answer_is_used_once",),
     ),

@@ -113,7 +113,7 @@ def load_newest(folder: Path, say: Callable[[str], None] = lambda text: None) ->
             if candidate.name != f"step-{step:08d}":
                 raise ValueError(f"its manifest is of step {step}")
             return step, unpack(read_json(candidate / "state.json"), load_file(candidate / "state.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
             say(f"Checkpoint {candidate} is passed over: {e}.")
     return None
 
@@ -141,7 +141,7 @@ def refuse_newer(folder: Path) -> None:
     for path in sorted(folder.glob("*/step-*/manifest.json")):
         try:
             found = read_json(path)["format"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(found, int) and found > FORMAT:
             raise UsageError(

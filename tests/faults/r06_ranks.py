@@ -121,4 +121,4 @@ def run(count: int | None = None) -> dict[str, Any]:
         "seconds until both had left, median": sorted(r["seconds"] for r in left)[len(left) // 2] if left else None,
         "failed": [r for r in rows if r["wrong"]],
     }
-    return {"id": "R6", "promise": PROMISE, "tried": count, "held": sum(not r["wrong"] for r in rows), "details": details}
+    return {"id": "R6-ranks", "promise": PROMISE, "tried": count, "held": sum(not r["wrong"] for r in rows), "details": details}

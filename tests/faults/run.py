@@ -27,15 +27,16 @@ START, END = "<!-- table: written by tests/faults/run.py -->", "<!-- end of the 
 
 
 def modules() -> dict[str, str]:
-    """The module of each row, by its id: ``R1`` is in ``r01_*.py``."""
-    return {f"R{int(path.stem[1:3])}": f"faults.{path.stem}" for path in sorted(HERE.glob("r[0-9][0-9]_*.py"))}
+    """The module of each row, by its id: ``R1`` is in ``r01_*.py``, ``R6-ranks`` in ``r06_ranks.py``."""
+    found = sorted(HERE.glob("r[0-9][0-9]_*.py"))
+    return {f"R{int(path.stem[1:3])}{'-ranks' if path.stem.endswith('_ranks') else ''}": f"faults.{path.stem}" for path in found}
 
 
 def table() -> str:
     """Every row that has been run."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("R*.json")]
     text = ["| row | promise | tried | held | of which | when |", "|---|---|---:|---:|---|---|"]
-    for row in sorted(rows, key=lambda r: int(r["id"][1:])):
+    for row in sorted(rows, key=lambda r: (int(r["id"][1:].partition("-")[0]), r["id"])):
         details = "; ".join(_shown(name, value) for name, value in row["details"].items() if name != "failed" and value)
         text.append(
             f"| {row['id']} | {row['promise']} | {row['tried']:,} | {row['held']:,} | {details} | {row['date']} |".replace("\n", " ")

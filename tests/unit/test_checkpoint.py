@@ -74,7 +74,7 @@ def test_one_of_a_later_format_is_refused_with_what_to_do(tmp_path: Path) -> Non
     path.write_text("{")
     checkpoint.refuse_newer(tmp_path)
     path.write_text('{"format": 2}')
-    with pytest.raises(UsageError, match=r"step-00000001 has format 2, and this version of Limbeck reads 1\. .* pip install -U limbeck"):
+    with pytest.raises(UsageError, match=r"step-00000001 has format 2, and this version of Limbeck reads 1\. .*pip install -U limbeck"):
         checkpoint.refuse_newer(tmp_path)
 
 
