@@ -176,6 +176,20 @@ MUTANTS = (
         ("unit/test_cache_identity.py::test_tables_of_functions_are_the_same_in_every_process",),
     ),
     Mutant(
+        "graphs-walked-again-and-again",
+        "models/_identity.py",
+        "number = numbers[id(value)] = len(numbers)",
+        "number = len(met)",
+        ("unit/test_cache_identity.py::test_each_object_of_a_graph_that_leads_back_is_looked_at_once",),
+    ),
+    Mutant(
+        "arrays-in-settings-not-told-apart",
+        "models/_identity.py",
+        "return _array(value) or _LEFT_OUT\n\n\ndef _array",
+        "return _LEFT_OUT\n\n\ndef _array",
+        ("unit/test_cache_identity.py::test_settings_that_hold_values_are_told_apart",),
+    ),
+    Mutant(
         "closures-not-told-apart",
         "models/_identity.py",
         "if held or function.__defaults__ or function.__kwdefaults__:",

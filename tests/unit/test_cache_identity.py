@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,7 @@ def unused(x):
 
 class Base(nn.Module):
     def forward(self, x):
+        self.seen = x
         return outer(helpers.twice(self.body(x)))
 
 
@@ -109,9 +112,78 @@ SETTINGS: dict[str, tuple[Callable[[Any], None], bool]] = {
     "a layer's own setting": (lambda m: setattr(m.body, "eps", 1e-3), True),
     "a buffer that no state has": (set_buffer, True),
     "whether it trains": (lambda m: m.train(), False),
-    "what a forward pass left": (lambda m: setattr(m, "seen", torch.ones(3)), False),
+    "what a forward pass left": (lambda m: m(torch.ones(3, 2)), False),
+    "what a library's part keeps of a forward pass": (lambda m: setattr(m.body, "seen", {"last": torch.ones(3)}), False),
     "its weights": (lambda m: torch.nn.init.ones_(m.body.weight), False),
 }
+
+
+class Holder:
+    """An object of a person's own class."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+SAME_BUT: dict[str, tuple[Any, Any]] = {
+    "an array": (np.arange(3.0), np.arange(3.0) + 1),
+    "an array's type": (np.zeros(2, np.int32), np.zeros(2, np.float32)),
+    "an array's shape": (np.zeros((2, 3)), np.zeros((3, 2))),
+    "a plain tensor": (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])),
+    "a tensor's type": (torch.zeros(2, dtype=torch.int32), torch.zeros(2)),
+    "a NumPy number": (np.float32(2), np.float32(3)),
+    "a number beside a tensor": ({"t": torch.ones(2), "scale": 2.0}, {"t": torch.ones(2), "scale": 3.0}),
+    "a number beside what cannot be told": ([object(), 2.0], [object(), 3.0]),
+    "a tensor beside a number": ({"t": torch.ones(2), "scale": 2.0}, {"t": torch.zeros(2), "scale": 2.0}),
+    "what lies six deep": ([[[[[[2.0]]]]]], [[[[[[3.0]]]]]]),
+    "an own object's NumPy number": (Holder(np.float32(2)), Holder(np.float32(3))),
+}
+
+
+@pytest.mark.parametrize("name", SAME_BUT)
+def test_settings_that_hold_values_are_told_apart(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, found = net(tmp_path / "a", monkeypatch), []
+    for value in (*SAME_BUT[name], copy.deepcopy(SAME_BUT[name][0])):
+        module.setting = value
+        found.append(architecture_sha256(module))
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_path_or_another_object_in_a_setting_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the place of the teacher's own folder, which may be moved."""
+    module, found = net(tmp_path / "a", monkeypatch), set()
+    for place in (tmp_path / "a", tmp_path / "b"):
+        module.place, module.places = place, {"own": [place, 1.0]}
+        found.add(architecture_sha256(module))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("where", ["a constant", "a setting"])
+def test_each_object_of_a_graph_that_leads_back_is_looked_at_once(where: str) -> None:
+    looks = 0
+
+    class Node:
+        __slots__ = ("children", "parent")
+
+        def __init__(self, parent: Any) -> None:
+            self.parent, self.children = parent, [Node(self) for _ in range(16)] if parent is None else []
+
+        @property
+        def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+            nonlocal looks
+            looks += 1
+            if looks > 1000:
+                raise RuntimeError("looked at again and again")
+            return {"parent": self.parent, "children": self.children}
+
+    tree = Node(None)
+    space: dict[str, Any] = {"nn": nn, "__name__": "typed", "TREE": tree if where == "a constant" else None}
+    exec("class Typed(nn.Module):\n    def forward(self, x):\n        return x * len(TREE.children)\n", space)
+    module = space["Typed"]()
+    if where == "a setting":
+        module.tree = tree
+    architecture_sha256(module)
+    assert 17 <= looks <= 4 * 17
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -205,6 +277,17 @@ NAMES = {"a", "b", "c", "d", "e"}
 SHIFT = torch.tensor([1.0, 2.0])
 
 
+class Tree:
+    def __init__(self, parent, depth):
+        self.parent = parent
+        self.number = 8 + depth
+        self.children = [Tree(self, depth - 1) for _ in range(2 if depth else 0)]
+        self.nearby = {self, parent, "a", "b", ("c", self.number)}
+
+
+TREE = Tree(None, 3)
+
+
 class Tables(nn.Module):
     own = {"scaled": times(6)}
 
@@ -218,7 +301,7 @@ class Tables(nn.Module):
         return x
 
     def forward(self, x):
-        y = ACTS["thrice"](self.body(x)) + SHIFT + kept(1) * len(NAMES)
+        y = ACTS["thrice"](self.body(x)) + SHIFT + kept(1) * len(NAMES) + TREE.number
         return self.own["scaled"](wrapped(y))
 """
 
@@ -278,6 +361,8 @@ def test_of_tables_neither_the_place_of_the_file_nor_a_comment_counts(tmp_path: 
         ('own = {"scaled": times(6)}', 'own = {"scaled": times(7)}'),
         ("return lambda x: x * factor", "return lambda x: x * factor * 7"),
         ('"double": double, 1: "a"', '"double": double, "1": "a"'),
+        ("self.number = 8 + depth", "self.number = 8 + 2 * depth"),
+        ("Tree(self, depth - 1) for", "Tree(self if depth > 1 else parent, depth - 1) for"),
         ("self.method = self.other", "self.method = self.forward"),
     ],
 )

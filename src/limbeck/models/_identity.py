@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import hashlib
 import importlib.util
 import inspect
@@ -39,11 +40,14 @@ _MODULE = frozenset(vars(nn.Module()))
 _FROM_FILE = re.compile(r"^limbeck_user_(.+)_[0-9a-f]{16}$")
 _RUNS_MORE = {"importlib", "imp", "runpy", "pkgutil", "__import__", "exec", "eval", "compile"}
 _PLACE = re.compile(r" at 0x[0-9a-fA-F]+|\blimbeck_user_|(?<=\w)_[0-9a-f]{16}(?=\.)")
+_DEPTH = 12  # to which people nest
+_LEFT_OUT = {"left out": True}
 _READ = {".json", ".safetensors", ".txt", ".model"}
 
 
 def architecture_sha256(module: nn.Module) -> str:
-    """What a module does with its weights: the class of every part, its plain settings (numbers, words, functions), buffers that no state has, the
+    """What a module does with its weights: the class of every part, its plain settings (numbers, words, functions; tensors and arrays
+    of a person's own class), buffers that no state has, the
     source of what is no library's and of everything that it calls by name, and a Hugging Face configuration without names. Weights and the place
     of files are not in it."""
     digest = hashlib.sha256()
@@ -68,16 +72,21 @@ def architecture_sha256(module: nn.Module) -> str:
 
 
 def _settings(part: nn.Module, source: _Source) -> dict[str, Any]:
-    """Of a person's own class the private ones too; of a library's only what is public."""
+    """Of a person's own class the private ones too, and tensors and arrays, but none that its ``forward`` puts there: they are of what it saw last.
+    Of a library's class only what is public, and nothing that holds a tensor, for the same reason."""
     own = not _is_library(type(part).__module__)
+    code = getattr(type(part).forward, "__code__", None)
+    left = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"} if own and code is not None else set()
     found: dict[str, Any] = {}
     for name, value in vars(part).items():
         if name == "training" or name in _MODULE or name in _CONFIG_ASIDE or (name.startswith("_") and not own):
             continue
         try:
-            found[name] = _plain(value, source)
-        except TypeError:  # tensors (a forward pass may have left them) and other objects
+            told = _plain(value, source, _values_only if own and name not in left else _no_setting)
+        except TypeError:
             continue
+        if told != [_LEFT_OUT]:
+            found[name] = told
     return found
 
 
@@ -85,34 +94,95 @@ def _no_setting(value: Any) -> Any:
     raise TypeError
 
 
-def _plain(value: Any, source: _Source, depth: int = 4, other: Callable[[Any], Any] = _no_setting) -> Any:
-    """JSON of a setting, the same in every process: functions and classes by name, their source goes into ``source``. other: what is said of
-    everything else. Raises TypeError where it is no setting."""
+def _values_only(value: Any) -> Any:
+    """What is said of a person's setting that is neither plain nor holds others: the values of arrays, nothing of other objects and of paths, which
+    may be places of this machine."""
+    return _array(value) or _LEFT_OUT
 
-    def inner(value: Any) -> Any:
-        return _plain(value, source, depth - 1, other)
 
-    if value is None or isinstance(value, bool | int | float | str):
+def _array(value: Any) -> list[Any] | None:
+    """Type, shape and a hash of the values of a tensor or array; None of anything else, and where there are no values to read."""
+    kind = f"{_home(type(value))}.{type(value).__qualname__}"
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_quantized:
+        return [kind, str(value.dtype), list(value.shape), state_hash(_Held(value))]
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    return None
+
+
+def _plain(value: Any, source: _Source, other: Callable[[Any], Any]) -> list[Any]:
+    """JSON of a value and of what it holds, the same in every process: functions and classes by name, their source goes into ``source``.
+
+    The first entry is the value; those after it are the containers and objects that it leads to, in the order in which they are first met, each
+    once: wherever else they are met stands their number. So what leads back to itself ends, and the work grows with the number of objects. The
+    nearest come first, so that how deep a thing lies does not depend on the way to it. other: what is said of everything else.
+    """
+    numbers: dict[int, int] = {}
+    met: list[tuple[Any, list[Any], int]] = []  # the objects too: what is kept alive gives its address to nothing else
+
+    def told(value: Any, depth: int) -> Any:
+        leaf = _leaf(value, source)
+        if leaf is not _LEFT_OUT:
+            return leaf
+        if id(value) in numbers:
+            return {"number": numbers[id(value)]}
+        inside = _inside(value, source) if depth < _DEPTH else None
+        if inside is None:
+            return other(value)
+        if isinstance(value, tuple) and all(_is_word(v) for v in value):
+            return inside  # Python may keep equal ones as one object, or not
+        number = numbers[id(value)] = len(numbers)
+        met.append((value, inside, depth + 1))
+        return {"number": number}
+
+    found = [told(value, 0)]
+    for _, inside, depth in met:  # grows meanwhile
+        found.append([told(v, depth) for v in inside])
+    return found
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _leaf(value: Any, source: _Source) -> Any:
+    """JSON of what holds nothing else; _LEFT_OUT of everything else."""
+    if _is_word(value):
         return value
     if isinstance(value, torch.dtype | torch.device | Enum):
         return str(value)
-    if depth and isinstance(value, tuple | list):
-        return [inner(v) for v in value]
-    if depth and isinstance(value, set | frozenset):
-        return sorted(str(inner(v)) for v in value)
-    if depth and isinstance(value, dict):
-        return [[inner(k), inner(v)] for k, v in value.items()]
-    if depth and isinstance(value, partial):
-        return [inner(v) for v in (value.func, value.args, value.keywords)]
+    if isinstance(value, np.generic):
+        return _array(value) or _LEFT_OUT
     if isinstance(value, MethodType):
         source.add(value.__func__)
         return [f"{_home(value)}.{value.__qualname__}", f"{_home(type(value.__self__))}.{type(value.__self__).__qualname__}"]
     if isinstance(value, FunctionType | BuiltinFunctionType | type):
         source.add(value)
         return f"{_home(value)}.{value.__qualname__}"
-    if depth and not isinstance(value, Tensor | nn.Module) and not _is_library(type(value).__module__) and hasattr(value, "__dict__"):
-        return [f"{_home(type(value))}.{type(value).__qualname__}", [[k, inner(v)] for k, v in vars(value).items()]]
-    return other(value)
+    return _LEFT_OUT
+
+
+def _inside(value: Any, source: _Source) -> list[Any] | None:
+    """What a container, a partial function or a person's object holds, after what it is; None of everything else."""
+    if isinstance(value, tuple | list):
+        return ["list", *value]
+    if isinstance(value, set | frozenset):
+        return ["set", *sorted(value, key=lambda v: _at_first_sight(v, source))]
+    if isinstance(value, dict):
+        return ["dict", *(v for pair in value.items() for v in pair)]
+    if isinstance(value, partial):
+        return ["partial", value.func, value.args, value.keywords]
+    if not isinstance(value, Tensor | nn.Module) and not _is_library(type(value).__module__) and hasattr(value, "__dict__"):
+        return [f"{_home(type(value))}.{type(value).__qualname__}", *(v for pair in vars(value).items() for v in pair)]
+    return None
+
+
+def _at_first_sight(value: Any, source: _Source) -> str:
+    """By which the elements of a set are put in order, as it has none of its own: what can be told without going deep."""
+    leaf = _leaf(value, source)
+    if leaf is _LEFT_OUT:
+        leaf = [_leaf(v, source) for v in _inside(value, source) or ()]
+    return json.dumps([type(value).__qualname__, leaf])
 
 
 def _home(thing: Any) -> str:
@@ -184,8 +254,8 @@ class _Source:
             self._value(home, f"{function.__qualname__} with", [held, function.__defaults__, function.__kwdefaults__])
 
     def _value(self, home: str, name: str, value: Any) -> None:
-        """What a name stands for, to the depth to which people nest."""
-        self._found.add((home, name, json.dumps(_plain(value, self, 12, self._described))))
+        """What a name stands for."""
+        self._found.add((home, name, json.dumps(_plain(value, self, self._described))))
 
     def _module(self, module: ModuleType) -> None:
         file = getattr(module, "__file__", None)
@@ -198,10 +268,9 @@ class _Source:
         if isinstance(value, ModuleType):
             self._module(value)
             return _FROM_FILE.sub(r"\1", value.__name__)
-        if isinstance(value, Tensor):
-            return [kind, list(value.shape), state_hash(_Held(value))]
-        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+        array = _array(value)
+        if array is not None:
+            return array
         if hasattr(value, "__wrapped__"):  # as functools.cache leaves a function
             self.add(value)
         weights = state_hash(value) if isinstance(value, nn.Module) else ""
