@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import multiprocessing
@@ -209,7 +210,10 @@ def _child(arguments: list[str], said: str, environment: dict[str, str]) -> None
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    main(arguments)
+    try:
+        main(arguments)
+    finally:
+        atexit._run_exitfuncs()  # as a process of its own does; a forked one leaves without
 
 
 def wait_for(process: Started, happened: Callable[[], bool], seconds: float = 600) -> None:

@@ -32,8 +32,12 @@ KD = [{"loss": "kd", "weight": 0.7, "temperature": 6.0}, {"loss": "cross_entropy
 MODELS = ROOT / "benchmarks/models"
 
 
-def cifar(name: str, *, rows: int, test: int = 512, epochs: int = 1, batch: int = 128, **train: Any) -> dict[str, Any]:
-    """The CIFAR-10 pair of the spine on the first ``rows`` training images. Returns a recipe, its folder in ``out``."""
+def cifar(
+    name: str, *, rows: int, test: int = 512, epochs: int = 1, batch: int = 128, trained: bool = True, **train: Any
+) -> dict[str, Any]:
+    """The CIFAR-10 pair of the spine on the first ``rows`` training images. Returns a recipe, its folder in ``out``.
+
+    trained: whether the teacher is a trained one, which only matters where accuracy does."""
     with np.load(data("cifar10.npz", "cifar10")) as file:
         x, y, test_x, test_y = (file[k] for k in ("train_x", "train_y", "test_x", "test_y"))
     folder = fresh(name)
@@ -41,7 +45,7 @@ def cifar(name: str, *, rows: int, test: int = 512, epochs: int = 1, batch: int 
     np.savez(folder / "train.npz", **arrays, valid_x=x[-256:], valid_y=y[-256:])
     recipe = {
         "task": "image-classification",
-        "teacher": {"model": f"run:{cifar_teacher()}"},
+        "teacher": {"model": f"run:{cifar_teacher()}" if trained else f"python:{MODELS / 'cifar.py'}:teacher"},
         "student": {"model": f"python:{MODELS / 'cifar.py'}:student"},
         "data": {"source": f"npz:{folder / 'train.npz'}", "augment": {"crop": 2, "flip": True}},
     }

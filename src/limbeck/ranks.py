@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ __all__ = ["ALONE", "Elsewhere", "Ranks", "joined", "refuse_lost_folder", "resta
 TIMEOUT = 1800.0
 """Seconds that a rank waits for another; ``LIMBECK_RANK_TIMEOUT`` sets another number."""
 
-_FAILED, _SAID, _LEFT = "limbeck/failed", "limbeck/said", "limbeck/left"
+_FAILED, _SAID, _LEFT = "failed", "said", "left"
+_MEETING = 0.02  # seconds between two looks for the other ranks
 
 
 class Elsewhere(LimbeckError):
@@ -204,12 +206,13 @@ def joined() -> Iterator[Ranks]:
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=_timeout())
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    common, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    store = PrefixStore(meet(common, rank, size, timeout.total_seconds()), common)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=PrefixStore("limbeck/group", store), rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
     _JOINED.append(Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store))
     try:
         yield _JOINED[0]
@@ -219,6 +222,41 @@ def joined() -> Iterator[Ranks]:
     finally:
         _JOINED.clear()
     dist.destroy_process_group()
+
+
+def meet(store: Any, rank: int, size: int, seconds: float) -> str:
+    """Wait for all ranks of this start; returns a name that they share, and that no other start has.
+
+    torchrun keeps one store over all restarts, in which the ranks before have left their addresses, and whether they failed. Its count of restarts is
+    no name, because it differs between machines. So each rank writes a number of its own; the main rank names the set of numbers that it
+    finds, anew when one changes; a name is good when every rank in it has answered, which one that is gone cannot.
+
+    Raises: Stopped when not all are there within ``seconds``.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + seconds
+    places = [f"limbeck/here/{r}" for r in range(size)]
+    store.set(places[rank], own)
+    name, named = "", list[str]()
+    while time.monotonic() < end:
+        if rank == 0 and store.check(places):
+            here = [store.get(place).decode() for place in places]
+            if here != named:
+                name, named = f"limbeck/{uuid.uuid4().hex}", here
+                store.set("limbeck/name", json.dumps([name, named]))
+            if size == 1 or store.check([f"{name}/{r}" for r in range(1, size)]):
+                store.set(f"{name}/0", "")
+                return name
+        elif rank > 0 and store.check(["limbeck/name"]):
+            name, named = json.loads(store.get("limbeck/name"))
+            if own in named:
+                store.set(f"{name}/{rank}", "")
+                if store.check([f"{name}/0"]):
+                    return str(name)
+        time.sleep(_MEETING)
+    there = sum(store.check([place]) for place in places)
+    raise Stopped(
+        f"Not all of the {size} processes of this run came within {seconds:,.0f} s; {there} of them have been seen. Start it again."
+    )
 
 
 def _timeout() -> float:

@@ -37,7 +37,10 @@ def through(sizes: list[int], recipe: Path, out: Path, chance: random.Random, **
     total = 24  # 12 of the student, 12 of the baseline
     at = sorted(chance.sample(range(1, total - 1), len(sizes) - 1))
     more: tuple[str, ...] = ()
-    for size, stop in zip(sizes, [*at, None], strict=True):
+    for size, place in zip(sizes, [*at, None], strict=True):
+        stop = place
+        if stop is not None:  # one more step at least than was done before
+            stop = max(stop, stops(out) + 1)
         processes = several(size, recipe, out, *more, said=out.with_suffix(".said"), LAZY=LAZY, **environment)
         if stop is not None:
             if until(partial(reached, out, stop), partial(lives, processes[0])):

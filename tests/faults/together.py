@@ -162,7 +162,7 @@ def steps_lost(out: Path) -> list[str]:
     return wrong
 
 
-def until(happened: Callable[[], bool], living: Callable[[], bool], seconds: float = 300) -> bool:
+def until(happened: Callable[[], bool], living: Callable[[], bool], seconds: float = 900) -> bool:
     """Wait for it; False where the process ended before."""
     end = time.monotonic() + seconds
     while not happened():
