@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -214,11 +215,14 @@ def joined() -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
     _JOINED.append(Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store))
+    hearing = _Hearing(store) if rank and not _kept_by_launcher() else None
     try:
         yield _JOINED[0]
+        if hearing is not None:
+            hearing.end()
         dist.barrier()
     except BaseException as error:
-        raise _one_message(store, error) from error
+        raise _one_message(store, error, None if hearing is None else hearing.end()) from error
     finally:
         _JOINED.clear()
     dist.destroy_process_group()
@@ -270,13 +274,45 @@ def _timeout() -> float:
     raise UsageError(Problem("LIMBECK_RANK_TIMEOUT", f"got {given!r}, expected a number of seconds above 0."))
 
 
-def _one_message(store: Any, error: BaseException) -> BaseException:
+def _kept_by_launcher() -> bool:
+    """Whether the store lives in the launcher (torchrun's agent), and so outlives every rank; else it ends with the main rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+class _Hearing:
+    """Listens, beside whatever this rank does, for the main rank to fail: it takes the store with it, and a rank that waits for it in a common step
+    notices that only when it is gone."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self._ended = store, threading.Event()
+        self._code: int | None = None
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(Exception):
+            while not self._ended.wait(0.2):
+                if self._store.check([_FAILED]):
+                    self._code = int(self._store.get(_FAILED).decode().split(",")[1])
+                    self._store.add(_LEFT, 1)
+                    return
+
+    def end(self) -> int | None:
+        """The exit code of the rank that failed; None where none has been heard of."""
+        self._ended.set()
+        self._thread.join()
+        return self._code
+
+
+def _one_message(store: Any, error: BaseException, heard: int | None) -> BaseException:
     """The error, on the rank that failed first; on the others :class:`Elsewhere`, when the first one has had its say."""
     if _is_lost(error):
         error = Stopped(
             f"Another process of this run was lost, or did not answer for {_timeout():,.0f} s ({str(error).splitlines()[0][:200]}). "
             "What was committed is kept: run the same command again with --resume."
         )
+    if heard is not None:
+        return Elsewhere(heard)
     code = error.exit_code if isinstance(error, LimbeckError) else 1
     silent = isinstance(error, Elsewhere)
     with contextlib.suppress(Exception):  # a store that is gone too: everybody speaks for himself
@@ -297,7 +333,7 @@ def _has_said(store: Any) -> None:
     """At the end of the process that spoke. Where it is also the one that keeps the store (no torchrun does), the others read it first."""
     with contextlib.suppress(Exception):
         store.set(_SAID, "1")
-        if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if os.environ["RANK"] == "0" and not _kept_by_launcher():
             end = time.monotonic() + 15
             while store.add(_LEFT, 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < end:
                 time.sleep(0.02)

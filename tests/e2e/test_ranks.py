@@ -182,6 +182,21 @@ class TestErrors:
         assert said.count("The weights were not touched") == 1
         assert "Traceback" not in said
 
+    def test_who_waits_for_the_main_rank_leaves_as_it_does(self, there: Path, tmp_path: Path) -> None:
+        """The main rank is stopped while it alone works; without torchrun the store ends with it."""
+        out = tmp_path / "run"
+        slow = "import time\nfrom nets import *\n\n\nclass Late(Dense):\n"
+        slow += "    def forward(self, x):\n        time.sleep(0.0 if self.training else 0.2)\n        return super().forward(x)\n"
+        (there / "late.py").write_text(slow + "\n\ndef late(num_classes=3):\n    return Late(num_classes)\n")
+        path = recipe(there, "late.yaml", **{**EXACT, "student": {"model": "python:late.py:late"}})
+        processes = ranks(2, "distill", path, "--out", out, said=tmp_path / "said")
+        wait_for(processes[0], lambda: any(out.glob("checkpoints/baseline-done/step-*")))
+        time.sleep(0.5)
+        processes[0].send_signal(signal.SIGTERM)
+        codes, said = ended(processes)
+        assert codes == [75, 75], said
+        assert "was lost" not in said
+
     def test_a_lost_rank_ends_the_other(self, there: Path, tmp_path: Path) -> None:
         out = tmp_path / "run"
         processes = ranks(2, "distill", there / "recipe.yaml", "--out", out, said=tmp_path / "said", SLOW="0.05")

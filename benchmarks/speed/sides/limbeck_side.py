@@ -54,7 +54,7 @@ def main() -> None:
         return keep_answers(*arguments, **named)
 
     def fit(
-        student: Any, teacher: Any, objective: Any, feed: Any, engine: Any, settings: Any, seed: int, recorder: Any, **more: Any
+        student: Any, teacher: Any, objective: Any, feed: Any, engine: Any, settings: Any, seed: int, recorder: Any, *more: Any
     ) -> None:
         if config.get("fixed_padding"):
             feed.plan._lengths = None
@@ -66,7 +66,7 @@ def main() -> None:
 
         recorder = replace(recorder, stop=stop, validate=None)
         begin()
-        loop(student, teacher, objective, feed, engine, settings, seed, recorder, **more)
+        loop(student, teacher, objective, feed, engine, settings, seed, recorder, *more)
         if int(os.environ.get("RANK", "0")):
             os._exit(0)
         weights = Path(config["out"]) / f"{config['name']}.safetensors"
