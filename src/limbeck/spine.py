@@ -291,7 +291,9 @@ def agree(job: Job, begun: Begun) -> None:
         for name in places:  # what is there is compared by its content
             recipe[section].pop(name)
     asked = {"whether the teacher is loaded": begun.model is not None, "whether its answers are kept": begun.answers is not None}
-    job.ranks.agree({**begun.facts, **recipe, **asked})
+    # under names that no section of the recipe has
+    facts = {f"the {name}": value for name, value in begun.facts.items()}
+    job.ranks.agree({**facts, **recipe, **asked})
 
 
 _WHOLE = (True, "every answer is there")
