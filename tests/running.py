@@ -144,6 +144,9 @@ def start(*arguments: Any, program: tuple[str, ...] = ("-m", "limbeck"), **envir
 def fork(*arguments: Any, said: Path, **environment: str) -> Started:
     """The same from a server that has imported everything, which saves seconds. said: a file for what it prints."""
     _SERVER.set_forkserver_preload(["torch", "limbeck.spine", "running"])
+    # the server keeps the folder of the test that started it: what other tests' teachers said there would be read
+    own = {name: os.environ[name] for name in ("LIMBECK_CACHE",) if name in os.environ}
+    environment = {**own, **environment}
     return _Forked([str(a) for a in arguments], said, environment)
 
 
