@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import limbeck.spine as spine
+from limbeck import _begin
 from limbeck.cache import Reader, Request, Stored, create, fill
 from limbeck.engine import Engine
 from limbeck.label import label_job
@@ -99,15 +99,15 @@ class Labelled:
     folders: dict[str, Path]
     columns: Any
     notes: list[str]
-    begun: spine.Begun
+    begun: _begin.Begun
 
 
 def label(file: Path, **job: Any) -> Labelled:
     """Fill the cache of a recipe as ``limbeck label`` does."""
     recipe, base = load_recipe(file, {}, [], "distill")
     recipe = absolute(recipe, base)
-    made = spine.job_of(recipe, base, Path(), **job)
-    begun = spine.begin(made, label=True)
+    made = _begin.job_of(recipe, base, Path(), **job)
+    begun = _begin.begin(made, label=True)
     assert begun.answers is not None
     asked = {purpose: begun.answers.lacking(purpose) for purpose in begun.answers.folders}
     label_job(made, Progress("none"))
@@ -121,7 +121,7 @@ def rows_beside_teacher(found: Labelled, file: Path) -> Iterator[tuple[Signal, S
     begun = found.begun
     answers_, parts = begun.answers, begun.parts
     assert answers_ is not None
-    job = spine.job_of(recipe, base, Path())
+    job = _begin.job_of(recipe, base, Path())
     assert job.build_teacher is not None
     model: Model = begun.model or job.build_teacher(False)
     if begun.model is None:

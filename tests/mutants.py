@@ -205,14 +205,14 @@ MUTANTS = (
     ),
     Mutant(
         "whole-answers-not-read",
-        "spine.py",
+        "_begin.py",
         "(wanted or not job.ranks.any(not answers.begun()))",
         "wanted",
         ("e2e/test_cache.py::test_what_is_there_is_read_although_each_answer_is_used_once",),
     ),
     Mutant(
         "resumed-otherwise-than-begun",
-        "spine.py",
+        "_begin.py",
         "if before is False and wanted is not False:",
         "if False:",
         ("e2e/test_cache.py::test_a_resumed_run_goes_on_with_or_without_answers_as_it_began",),

@@ -72,7 +72,7 @@ def end_to_end(quick: bool) -> dict[str, Any]:
     """
     rows = (4 if quick else 39) * BATCH
     settings = {"optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0, "clip_norm": None}
-    prepared = work.cifar("p5", rows=rows, test=128, epochs=EPOCHS, **settings)
+    prepared = work.cifar("p5", trained=True, rows=rows, test=128, epochs=EPOCHS, **settings)
     folder = prepared["work"]
     steps = rows // BATCH
     common = {"steps": steps, "out": folder, "work": folder}

@@ -13,7 +13,7 @@ LEFT_OUT = "the first turn of each side (warm-up); imports, loading, models, joi
 def scaling(quick: bool) -> dict[str, Any]:
     """S1: two ranks of one thread each against one process of two threads; the same global batch."""
     steps, pairs = (4, 3) if quick else (20, 9)
-    prepared = work.cifar("s1", rows=128 * steps * (pairs + 1), layout="channels_last", checkpoint_every=10**6, trained=False)
+    prepared = work.cifar("s1", rows=128 * steps * (pairs + 1), layout="channels_last", checkpoint_every=10**6)
     common = {"steps": steps, "out": prepared["work"], "work": prepared["work"], "recipe": prepared["recipe"]}
     sides = [
         Side("2 ranks", "ranks_side.py", {**common, "name": "ranks", "ranks": 2, "script": "limbeck_side.py"}, threads=1),
@@ -32,7 +32,7 @@ def scaling(quick: bool) -> dict[str, Any]:
 def against_ddp(quick: bool) -> dict[str, Any]:
     """S2: Limbeck and a plain DDP loop, both with two ranks of one thread."""
     steps, pairs = (4, 3) if quick else (20, 9)
-    prepared = work.cifar("s2", rows=128 * steps * (pairs + 1), layout="channels_last", checkpoint_every=10**6, trained=False)
+    prepared = work.cifar("s2", rows=128 * steps * (pairs + 1), layout="channels_last", checkpoint_every=10**6)
     common = {"steps": steps, "out": prepared["work"], "work": prepared["work"], "ranks": 2}
     sides = [
         Side(

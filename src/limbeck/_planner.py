@@ -113,7 +113,7 @@ class Asked(Protocol):
 
 
 class Beginning(Protocol):
-    """What is used of a job that has been looked at, before anything is written (:class:`limbeck.spine.Begun`)."""
+    """What is used of a job that has been looked at, before anything is written (:class:`limbeck._begin.Begun`)."""
 
     device: torch.device
     student: Model

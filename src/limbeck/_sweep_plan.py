@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck._begin import Begun
 from limbeck._folder import finished
 from limbeck._planner import duration
 from limbeck._sweep_share import Lending, baseline_key, teacher_key, without_numbers
 from limbeck._vary import Combination
 from limbeck.progress import Progress
-from limbeck.spine import Begun, execute
+from limbeck.spine import execute
 
 __all__ = ["plan_sweep"]
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from limbeck._begin import Begun, Job, begin, job_of, teacher_of
 from limbeck._folder import finished, matches, same_run
 from limbeck._vary import Combination
 from limbeck.data import Data, load_data
@@ -18,7 +19,6 @@ from limbeck.objective import needs_of
 from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
 from limbeck.run import read_json
-from limbeck.spine import Begun, Job, begin, job_of, teacher_of
 
 __all__ = ["Lending", "baseline_key", "data_key", "judge", "teacher_key", "without_numbers"]
 

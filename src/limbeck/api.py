@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from limbeck._begin import Job
 from limbeck._folder import already, next_free, refuse_taken
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
@@ -21,7 +22,7 @@ from limbeck.ranks import joined, refuse_lost_folder, restarted
 from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
 from limbeck.run import read_json
-from limbeck.spine import Job, execute
+from limbeck.spine import execute
 
 __all__ = ["Result", "distill", "load", "train"]
 

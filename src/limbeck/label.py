@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
+from limbeck._begin import Job, agree, begin, job_of
 from limbeck._folder import Stop
 from limbeck.cache import read_manifest, tidy, write_ids
 from limbeck.data import load_data
@@ -17,7 +18,6 @@ from limbeck.progress import Progress
 from limbeck.ranks import joined
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
-from limbeck.spine import Job, agree, begin, job_of
 from limbeck.teacher import Meter
 
 __all__ = ["ids_of", "label", "label_job"]

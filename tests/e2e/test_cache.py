@@ -674,15 +674,15 @@ def test_a_complete_cache_needs_no_teacher(bases: Callable[[str], Path], tmp_pat
     first = run("distill", file, "--verify-cache", "4", out=folder / "with")
     assert first["cost"]["teacher_items"] > 0
     (folder / "teacher/student/model.safetensors").unlink()
-    import limbeck.spine as spine
+    from limbeck import _begin
 
-    built = spine.build_model
+    built = _begin.build_model
 
     def no_teacher(*arguments: Any, role: str, **more: Any) -> Any:
         assert role != "teacher", "the teacher was built"
         return built(*arguments, role=role, **more)
 
-    monkeypatch.setattr(spine, "build_model", no_teacher)
+    monkeypatch.setattr(_begin, "build_model", no_teacher)
     found = run("distill", file, out=folder / "without")
     assert found["cost"]["teacher_items"] == 0
     assert found["cost"]["teacher_seconds"] == 0
@@ -802,9 +802,9 @@ def test_names_of_classes_are_those_of_the_sources(tmp_path: Path, monkeypatch: 
     folder = tmp_path / "text"
     text_base(folder)
     with monkeypatch.context() as unnamed:
-        import limbeck.spine as spine
+        from limbeck import _begin
 
-        unnamed.setattr(spine, "sources", lambda *a, **k: None)
+        unnamed.setattr(_begin, "sources", lambda *a, **k: None)
         first = caching.label(folder / "recipe.yaml")
     assert first.columns is None
     other_label_order(folder)

@@ -12,9 +12,9 @@ import yaml
 
 from limbeck import _choices, _sweep_share, spine
 from limbeck import sweep as sweeping
+from limbeck._begin import Job
 from limbeck._vary import read_vary
 from limbeck.engine import Engine
-from limbeck.spine import Job
 from running import limbeck, make_folder, read, recipe, run, weights
 
 OBJECTIVE = [{"loss": "kd", "weight": 0.7, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.3}]

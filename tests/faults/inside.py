@@ -18,7 +18,7 @@ from typing import Any
 STAGES: dict[str, list[tuple[str, str]]] = {
     "checkpoint": [("limbeck.checkpoint", "save")],
     "cache filling": [("limbeck.spine", "keep_answers")],
-    "training": [("limbeck.spine", "fit")],
+    "training": [("limbeck._roles", "fit")],
     "evaluation": [("limbeck.spine", "figures"), ("limbeck._parts:Parts", "logits")],
     "export": [("limbeck.spine", "export_model")],
     "report": [("limbeck.spine", "write_report")],

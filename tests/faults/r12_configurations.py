@@ -589,6 +589,7 @@ def up_to_the_first_step() -> Iterator[None]:
     """Everything is read, built and judged as in a run; what would measure for seconds, or train, is left out."""
     from unittest.mock import patch
 
+    import limbeck._begin
     import limbeck.spine
     import limbeck.sweep
 
@@ -602,8 +603,8 @@ def up_to_the_first_step() -> Iterator[None]:
     with (
         noted("limbeck.spine.make_plan", lambda *a, **k: {}, "the first step"),
         noted("limbeck.sweep.sweep", lambda points, **k: {"rows": [], "vary": list(k["vary"]), "best": None}, "the first step"),
-        noted("limbeck.spine.load_data", limbeck.spine.load_data, "data"),
-        noted("limbeck.spine.build_model", limbeck.spine.build_model, "models"),
+        noted("limbeck._begin.load_data", limbeck._begin.load_data, "data"),
+        noted("limbeck._begin.build_model", limbeck._begin.build_model, "models"),
     ):
         yield
 

@@ -72,9 +72,9 @@ if "NOTE_IDS" in os.environ:
     import json
 
     import limbeck.loop
-    import limbeck.spine
+    import limbeck._roles
 
-    fit, stream = limbeck.spine.fit, limbeck.loop.stream
+    fit, stream = limbeck._roles.fit, limbeck.loop.stream
 
     def noting_fit(*given, **named):
         noting_fit.role = next(v for v in given if hasattr(v, "checkpoints")).role
@@ -89,7 +89,7 @@ if "NOTE_IDS" in os.environ:
             yield request, batch
 
     if fit.__name__ != "noting_fit":
-        limbeck.spine.fit, limbeck.loop.stream = noting_fit, noting_stream
+        limbeck._roles.fit, limbeck.loop.stream = noting_fit, noting_stream
 '''
 
 

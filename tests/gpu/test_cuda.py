@@ -86,9 +86,9 @@ def noting(num_classes=3):
 
 def between_steps(monkeypatch: pytest.MonkeyPatch, step: Callable[[int], None]) -> None:
     """``step(n)`` is called after the n-th optimiser step of a fit, n from 1 on."""
-    from limbeck import spine
+    from limbeck import _roles
 
-    real = spine.fit
+    real = _roles.fit
 
     def fit(*given: Any, **named: Any) -> Any:
         arguments = list(given)
@@ -104,7 +104,7 @@ def between_steps(monkeypatch: pytest.MonkeyPatch, step: Callable[[int], None]) 
         arguments[at] = replace(arguments[at], stop=stop)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(spine, "fit", fit)
+    monkeypatch.setattr(_roles, "fit", fit)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck import spine
+from limbeck import _begin, spine
 from limbeck._planner import Balance, _batches, _saved, balance, ceiling, overlapped
 from limbeck.data import Request
 from limbeck.models import state_hash
@@ -222,13 +222,13 @@ class TestCache:
         }
         assert limbeck("label", recipe(folder, "filled.yaml", **changes)) == 0
         before = {p: digest(p) for p in root.rglob("*.arrow")}
-        build = spine.build_model
+        build = _begin.build_model
 
         def student_only(*given: Any, role: str, **how: Any) -> Any:
             assert role == "student", "the teacher was built"
             return build(*given, role=role, **how)
 
-        monkeypatch.setattr(spine, "build_model", student_only)
+        monkeypatch.setattr(_begin, "build_model", student_only)
         plan = planned(**changes)
         assert before == {p: digest(p) for p in root.rglob("*.arrow")} != {}
         assert plan["memory"]["teacher"] == {"loaded": False, "weights_bytes": None, "activations_bytes": None, "training_bytes": None}
@@ -354,7 +354,7 @@ def test_a_mistake_is_one(
 def test_the_student_and_the_generators_are_left_alone(folder: Path, root: Path) -> None:
     text = json.loads(recipe(folder, data=FLIPPED, train={"precision": "auto", "epochs": 6}).read_text(encoding="utf-8"))
     read = spine.absolute(build_recipe(text, command="distill"), folder)
-    job = spine.job_of(read, folder, folder.parent / "out")
+    job = _begin.job_of(read, folder, folder.parent / "out")
     kept: list[Any] = []
     build = job.build_student
 

@@ -20,7 +20,7 @@ import torch._dynamo  # the first optimiser of a process imports it: imports are
 from safetensors.torch import save_file
 from speed.turns import Turn
 
-from limbeck import spine
+from limbeck import _roles, spine
 from limbeck.reading import build_recipe
 
 
@@ -40,7 +40,7 @@ class Padded:
 def main() -> None:
     config = json.loads(sys.argv[1])
     turn = Turn(config["steps"])
-    loop, keep_answers, begun = spine.fit, spine.keep_answers, False
+    loop, keep_answers, begun = _roles.fit, spine.keep_answers, False
 
     def begin() -> None:
         nonlocal begun
@@ -76,7 +76,7 @@ def main() -> None:
             os._exit(0)  # leaving in order would wait for the other ranks
         sys.exit(0)  # the rest of the run is not measured
 
-    spine.fit, spine.keep_answers = fit, fill_first  # type: ignore[assignment]
+    _roles.fit, spine.keep_answers = fit, fill_first  # type: ignore[assignment]
     # how fast the teacher answers is measured for three seconds before it is let go: evaluation, which is left out of every side
     spine.measures = lambda *_: dict.fromkeys(("parameters", "bytes", "flops", "latency_ms", "throughput"))  # type: ignore[assignment]
     recipe = build_recipe(config["recipe"], command="train" if config["recipe"].get("teacher") is None else "distill")

@@ -1,0 +1,373 @@
+"""Looking at a job before anything of it is done or written: models, teacher, and whose answers are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck._parts import Parts
+from limbeck._teaching import (
+    Answers,
+    Identity,
+    Known,
+    Sources,
+    announce,
+    identify,
+    known_of,
+    recalled,
+    unfinished,
+    wants_cache,
+)
+from limbeck.cache import TableTeacher
+from limbeck.data import Data, load_data
+from limbeck.engine import check_precision, choose_device
+from limbeck.errors import Problem, UsageError
+from limbeck.models import Model, build_model, class_map, sources, validate_paths
+from limbeck.objective import Objective, needs_of
+from limbeck.ranks import ALONE, Ranks
+from limbeck.recipe import Recipe
+from limbeck.run import (
+    check_trackers,
+    read_json,
+)
+
+__all__ = ["Begun", "Job", "agree", "begin", "has_batch_statistics", "job_of", "keep", "parameters_of", "summary", "teacher_of"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs, however it was asked for: by recipe, by options, or from Python.
+
+    build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
+    sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
+    teacher; None: some, where the teacher is loaded anyway. uses: how many students learn from its answers, this one included, where
+    that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed), and what it chose for the
+    student by measuring, are this run's too.
+    ranks: the processes that share the work, all of which hold the same job.
+    """
+
+    recipe: Recipe
+    data: Data
+    build_student: Callable[[int], Model]
+    build_teacher: Callable[[bool], Model] | None
+    out: Path
+    resume: bool = False
+    seeds: int = 1
+    sources: Callable[[], Sources | None] = lambda: None
+    verify_cache: int | None = None
+    uses: int = 0
+    lender: Path | None = None
+    ranks: Ranks = ALONE
+
+
+def job_of(
+    recipe: Recipe,
+    base: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    seeds: int = 1,
+    verify_cache: int | None = None,
+    data: Data | None = None,
+    uses: int = 0,
+    lender: Path | None = None,
+) -> Job:
+    """The job of a recipe with absolute paths; its data is read here, unless it is given."""
+    data = data or load_data(recipe.data, recipe.task, base)
+    spec = recipe.teacher
+    length = recipe.data.max_length
+    return Job(
+        recipe=recipe,
+        data=data,
+        build_student=lambda seed: build_model(recipe.student, role="student", data=data, seed=seed, base=base, max_length=length),
+        build_teacher=None
+        if spec is None
+        else lambda new_head: build_model(
+            spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=new_head, max_length=length
+        ),
+        out=out,
+        resume=resume,
+        seeds=seeds,
+        sources=lambda: None if spec is None else sources(spec, data=data, base=base, max_length=length),
+        verify_cache=verify_cache,
+        uses=uses,
+        lender=lender,
+    )
+
+
+@dataclass
+class Begun:
+    """A job of which everything that can be wrong has been looked at, and nothing been written. known: the teacher; model: where it is loaded;
+    table: where it is a file of logits; columns: its output for each class of the data; answers: its cache, None where it is asked in every step;
+    found: whose cache that is; cached: whether answers are kept, and why; whole: they are only read where every one is there; there: its
+    directories where some answers are, and are not read."""
+
+    device: torch.device
+    student: Model
+    parts: Parts
+    objective: Objective
+    notes: list[str]
+    facts: dict[str, Any]
+    known: Known | None = None
+    model: Model | None = None
+    table: TableTeacher | None = None
+    columns: np.ndarray[Any, Any] | None = None
+    to_train: bool = False
+    answers: Answers | None = None
+    found: Identity | None = None
+    cached: tuple[bool, str] = (False, "there is no teacher")
+    whole: bool = False
+    there: dict[str, Path] = field(default_factory=dict)
+
+
+def begin(job: Job, *, label: bool = False) -> Begun:
+    """Build and check; everything that can be wrong is found here, before the first file is written.
+
+    label: the teacher's answers are to be kept, whatever they are for.
+    """
+    recipe, data = job.recipe, job.data
+    device = choose_device(recipe.train.device)
+    check_precision(recipe.train.precision, device)
+    student = job.build_student(recipe.seed)
+    parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=has_batch_statistics(student), ranks=job.ranks)
+    begun = Begun(device, student, parts, None, [], {})  # type: ignore[arg-type]
+    told: Sources | None = None
+    if recipe.teacher is not None and recipe.teacher.model.startswith("logits:"):
+        begun.table = _table(recipe, data, parts, device)
+        begun.columns = begun.table.columns
+        begun.known = Known(
+            recipe.teacher.model, student.preprocessing, None, None, begun.table.num_classes, begun.table.sha256, None, begun.table.notes
+        )
+    elif job.build_teacher is not None and recipe.teacher is not None:
+        wanted, reason = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
+        before = job.ranks.from_main(lambda: _kept_before(job))
+        # a run to be resumed goes on as it began
+        if before is False and wanted is not False:
+            wanted, reason = False, "the run was begun without"
+        elif before and wanted is None:
+            wanted, reason = True, "the run was begun with answers that were kept"
+        begun.cached, begun.whole = (wanted is True, reason), wanted is None
+        answers = Answers(recipe, parts) if wanted is not False else None
+        # every rank does alike, whatever lies on its own machine
+        if answers is not None and (wanted or not job.ranks.any(not answers.begun())):
+            begun.answers = answers
+        training = recipe.teacher.train
+        if begun.answers is not None and (training is None or training.if_needed):
+            told = job.sources()
+            if told is not None and job.verify_cache is None:
+                with _read_whole(begun):
+                    begun.known = recalled(begun.answers, told, data)
+            if job.ranks.any(begun.answers is None) and begun.answers is not None:
+                _live(begun, "what lies on another machine cannot be used")
+            if job.ranks.any(begun.known is None):  # a machine whose cache lacks something has its teacher asked, and the others go along
+                begun.known = None
+                if begun.answers is not None:
+                    begun.answers.folders = {}
+            elif begun.whole:
+                begun.cached = _WHOLE
+        if begun.known is not None:
+            begun.columns = class_map(begun.known, data)
+        else:
+            begun.model, begun.columns, begun.to_train = teacher_of(job, job.build_teacher)
+            begun.known = known_of(begun.model)
+        parts.teacher = begun.known.preprocessing
+    _check_models(recipe, student, begun.model)
+    parts.probe(student, begun.model)
+    if begun.model is not None and begun.answers is not None and not begun.to_train:
+        keep(begun, told)
+    begun.objective = parts.objective(recipe.seed)
+    known = begun.known
+    begun.notes = [
+        *check_trackers(recipe.track),
+        *data.notes,
+        *student.notes,
+        *(known.notes if known is not None else []),
+        *_warnings(student, known, begun.to_train),
+        *begun.notes,
+    ]
+    begun.facts = {
+        "data": data.fingerprint,
+        "teacher": None if known is None else known.weights_sha256,
+        "student": student.weights_sha256,
+        "seeds": job.seeds,
+    }
+    return begun
+
+
+def agree(job: Job, begun: Begun) -> None:
+    """Machines with files of their own hold the same ones."""
+    recipe = job.recipe.model_dump(
+        mode="json", include={"task", "seed", "objective", "train", "baseline", "export", "data", "teacher_cache"}
+    )
+    for section, places in (("data", ("source", "test", "valid", "unlabelled")), ("teacher_cache", ("path",))):
+        for name in places:  # what is there is compared by its content
+            recipe[section].pop(name)
+    asked = {"whether the teacher is loaded": begun.model is not None, "whether its answers are kept": begun.answers is not None}
+    # under names that no section of the recipe has
+    facts = {f"the {name}": value for name, value in begun.facts.items()}
+    job.ranks.agree({**facts, **recipe, **asked})
+
+
+_WHOLE = (True, "every answer is there")
+
+
+def _kept_before(job: Job) -> bool | None:
+    """Whether a run to be resumed kept its teacher's answers, or asked it in every step, e.g. because the disk was too full then; None where it had
+    not come so far."""
+    file = job.out / "environment.json"
+    if not job.resume or not file.is_file():
+        return None
+    kept = read_json(file).get("choices", {}).get("teacher_cache", {}).get("kept")
+    return None if kept is None else bool(kept)
+
+
+@contextmanager
+def _read_whole(begun: Begun) -> Iterator[None]:
+    """Where answers are only read if every one is there, what stands against it is said, and the teacher is asked in every step."""
+    try:
+        yield
+    except UsageError as against:
+        if not begun.whole:
+            raise
+        _live(begun, " ".join(str(against).split()))
+
+
+def _live(begun: Begun, against: str) -> None:
+    """Ask the teacher in every step, although some answers are there."""
+    reason = f"{begun.cached[1]}, and {against}"
+    begun.notes.append(f"The teacher is asked in every step: {reason.rstrip('.')}.")
+    begun.answers, begun.found, begun.cached, begun.whole = None, None, (False, reason), False
+
+
+def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> TableTeacher:
+    """A teacher that is a file of logits; they are of the samples as they are, so views of them would teach something else."""
+    assert recipe.teacher is not None
+    if parts.augment is not None:
+        text = "makes other versions of the samples than those that the teacher's logits are of."
+        raise UsageError(Problem("data.augment", text, "Set data.augment: none, or name a teacher that can be asked."))
+    table = TableTeacher(Path(recipe.teacher.model.removeprefix("logits:")), data, device)
+    try:
+        table.columns = class_map(table, data)
+    except UsageError as e:
+        hint = "A .parquet file may name its classes, in the order of its logits."
+        raise UsageError([Problem("teacher.model", f"{table.path}: {p.message}", hint) for p in e.problems]) from None
+    return table
+
+
+def keep(begun: Begun, told: Sources | None) -> None:
+    """:func:`_keep`, on every rank alike."""
+    assert begun.model is not None
+    own, cached = (begun.model.preprocessing, list(begun.model.notes)), begun.cached
+    _keep(begun, told)
+    if begun.parts.ranks.any(begun.answers is None) and begun.answers is not None:
+        begun.cached = cached
+        _live(begun, "another machine cannot keep or use its answers")
+        begun.model.preprocessing, begun.model.notes = own
+        begun.known = known_of(begun.model)
+        begun.parts.teacher = begun.model.preprocessing
+
+
+def _keep(begun: Begun, told: Sources | None) -> None:
+    """Find the directories of a loaded teacher's answers, or fall back to asking it in every step: where the disk would not hold them, and where each
+    would be used once and some are not there."""
+    assert begun.answers is not None
+    assert begun.model is not None
+    answers, model = begun.answers, begun.model
+    own = model.preprocessing, list(model.notes)
+    with _read_whole(begun):
+        begun.found = identify(answers, model, told)
+        if begun.whole:
+            missing = unfinished(answers)
+            if not missing:
+                begun.cached = _WHOLE
+            elif answers.folders["teach"].exists():
+                begun.there = answers.folders
+                _live(begun, missing)
+            else:  # another teacher's
+                begun.answers, begun.found = None, None
+        else:
+            cache = answers.recipe.teacher_cache
+            notes, kept = announce(answers, begun.found, may_fall_back=cache.path is None and cache.mode == "auto")
+            begun.notes += notes
+            if not kept:
+                begun.answers, begun.found, begun.cached = None, None, (False, notes[0])
+    if begun.answers is None:  # it is prepared for as if no cache had been looked at
+        model.preprocessing, model.notes = own
+    begun.known = known_of(model)
+    begun.parts.teacher = model.preprocessing
+
+
+def teacher_of(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
+    """The teacher, its output for each class of the data, and whether it has to be trained first."""
+    spec = job.recipe.teacher
+    training = spec.train if spec is not None else None
+    if training is None or training.if_needed:
+        try:
+            teacher = build(False)
+            return teacher, class_map(teacher, job.data), False
+        except UsageError:
+            if training is None:
+                raise
+    return build(True), None, True
+
+
+def _check_models(recipe: Recipe, student: Model, teacher: Model | None) -> None:
+    """What a recipe asks of the models is there, before anything is computed: every layer that a term names, batches that norms can take."""
+    of_student, of_teacher = needs_of(recipe.objective)
+    problems: list[Problem] = []
+    for model, needs, side in ((student, of_student, "student"), (teacher, of_teacher, "teacher")):
+        if model is None:
+            continue
+        try:
+            validate_paths(model.module, needs.features, f"objective ({side} layer)")
+        except UsageError as e:
+            problems += e.problems
+    if has_batch_statistics(student) and recipe.train.batch_size == 1:
+        text = "got 1, and the student has batch statistics, which cannot be taken of one sample; expected at least 2."
+        problems.append(Problem("train.batch_size", text))
+    if problems:
+        raise UsageError(problems)
+
+
+def has_batch_statistics(model: Model) -> bool:
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.module.modules())
+
+
+def summary(data: Data, begun: Begun) -> str:
+    """One line on what is about to be trained on what."""
+    labelled = int((data.train.labels >= 0).sum())
+    rows = f"{len(data.train):,} training rows" + (f" ({labelled:,} labelled)" if labelled < len(data.train) else "")
+    names = ", ".join(data.classes[:6]) + (", ..." if len(data.classes) > 6 else "")
+    sizes = [f"{role} {count:,}" for role, count in parameters_of(begun).items()]
+    return (
+        f"{rows}, {len(data.valid):,} for validation, {len(data.test):,} for test; {len(data.classes)} classes ({names}); "
+        f"parameters: {', '.join(sizes)}."
+    )
+
+
+def parameters_of(begun: Begun) -> dict[str, int]:
+    student = {"student": sum(p.numel() for p in begun.student.module.parameters())}
+    if begun.known is None or begun.known.parameters is None:
+        return student
+    return {"teacher": begun.known.parameters, **student}
+
+
+def _warnings(student: Model, teacher: Known | None, to_train: bool) -> list[str]:
+    """What a person should know before the run, and is free to do."""
+    if teacher is None or teacher.parameters is None:
+        return []
+    notes = []
+    small, large = sum(p.numel() for p in student.module.parameters()), teacher.parameters
+    if small > large:
+        notes.append(f"Warning: the student has {small:,} parameters, more than the teacher's {large:,}.")
+    if to_train:
+        notes.append(
+            "The teacher's head does not fit the data's classes (or training it was asked for): it gets a new head and is trained first."
+        )
+    return notes

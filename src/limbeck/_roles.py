@@ -1,0 +1,207 @@
+"""Training one role of a run (student, baseline, or a teacher first), and what roles and seeds have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck import checkpoint
+from limbeck._begin import Job, has_batch_statistics
+from limbeck._choices import snapshot, student_choice
+from limbeck._folder import Stop, make
+from limbeck._parts import Parts
+from limbeck.cache import CachedTeacher, TableTeacher
+from limbeck.data import choose_workers
+from limbeck.engine import Engine
+from limbeck.loop import Feed, Recorder, Trained, fit
+from limbeck.models import Model, save_model, state_hash
+from limbeck.objective import Objective
+from limbeck.progress import Progress
+from limbeck.ranks import Ranks
+from limbeck.recipe import Recipe
+from limbeck.run import (
+    Log,
+    NoLog,
+    read_json,
+    write_json,
+)
+from limbeck.teacher import LiveTeacher, Meter, Teacher
+
+__all__ = ["NOTHING", "Cost", "Shared", "State", "engine_from_main", "train_role", "train_teacher"]
+
+State = dict[str, torch.Tensor]
+
+
+NOTHING: dict[str, Any] = {"teacher_items": 0, "teacher_seconds": 0.0, "cache_hits": 0, "total_seconds": 0.0}
+
+
+class Cost:
+    """What the run has cost so far, over all its processes: kept beside the checkpoints, so that a resume goes on counting."""
+
+    def __init__(self, path: Path, meter: Meter | None, began: float, ranks: Ranks) -> None:
+        self.path, self.meter, self.began, self.ranks = path, meter, began, ranks
+        self.cached: CachedTeacher | TableTeacher | None = None
+        self.before = {**NOTHING, **(read_json(path) if path.is_file() else {})}
+        self.others = [0, 0]  # items and hits of the other ranks, when they were last asked
+
+    def keep_all(self) -> None:
+        """Called by all ranks at once."""
+        self.ask_ranks()
+        self.keep()
+
+    def ask_ranks(self) -> None:
+        """Called by all ranks at once."""
+        own = self._own()
+        self.others = [both - mine for both, mine in zip(self.ranks.sum(own), own, strict=True)]
+
+    def _own(self) -> list[int]:
+        return [0 if self.meter is None else self.meter.items, 0 if self.cached is None else self.cached.hits]
+
+    def so_far(self) -> dict[str, Any]:
+        items, hits = (mine + theirs for mine, theirs in zip(self._own(), self.others, strict=True))
+        seconds = 0.0 if self.meter is None else self.meter.seconds
+        earlier = self.before["teacher_seconds"]
+        return {
+            "teacher_items": self.before["teacher_items"] + items,
+            "teacher_seconds": None if seconds is None or earlier is None else earlier + seconds,
+            "cache_hits": self.before["cache_hits"] + hits,
+            "total_seconds": self.before["total_seconds"] + time.perf_counter() - self.began,
+        }
+
+    def since(self, start: dict[str, Any]) -> dict[str, Any]:
+        return {k: None if v is None or start[k] is None else v - start[k] for k, v in self.so_far().items()}
+
+    def keep(self) -> None:
+        if not self.ranks.main:
+            return
+        make(self.path.parent)
+        write_json(self.path, self.so_far())
+
+
+@dataclass
+class Shared:
+    """What the seeds of a run have in common; the teacher is measured once for all of them."""
+
+    parts: Parts
+    engine: Engine
+    teacher: Teacher | None
+    notes: list[str]
+    environment: dict[str, Any]
+    progress: Progress
+    stop: Stop
+    cost: Cost
+    resumed: dict[str, list[int]]
+    teacher_figures: dict[str, Any] = field(default_factory=dict)
+    teacher_logits: np.ndarray[Any, Any] | None = None
+
+    @property
+    def exact(self) -> Engine:
+        """What is evaluated is what is saved: full precision, contiguous."""
+        return Engine(self.engine.device, "float64" if self.engine.precision == "float64" else "float32")
+
+
+def engine_from_main(
+    ranks: Ranks, choose: Callable[[], tuple[Engine, dict[str, Any]]], device: torch.device
+) -> tuple[Engine, dict[str, Any]]:
+    """What the main rank chose by measuring; the others run the same on their own devices."""
+
+    def told() -> list[Any]:
+        engine, why = choose()
+        return [engine.precision, engine.layout, why]
+
+    precision, layout, why = ranks.from_main(told)
+    return Engine(device, precision, layout), why
+
+
+def train_role(
+    role: str, folder: Path, recipe: Recipe, student: Model, objective: Objective, teacher: Teacher | None, shared: Shared, log: Log
+) -> tuple[Trained, State]:
+    """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``."""
+    parts, choices = shared.parts, shared.environment["choices"]
+    how = {"workers": choices["workers"]["value"], "pin_memory": choices["pin_memory"]["value"]}
+    if role == "baseline":
+        feed = parts.baseline_feed(recipe, **how)
+    else:
+        feed = parts.feed(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher), **how)
+    validate = parts.validation(student, shared.engine)
+    recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep_all)
+    with shared.stop.steps():
+        return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes, parts.ranks)
+
+
+def _fit_once(
+    final: Path,
+    student: Model,
+    teacher: Teacher | None,
+    objective: Objective,
+    feed: Feed,
+    engine: Engine,
+    recipe: Recipe,
+    recorder: Recorder,
+    classes: tuple[str, ...],
+    ranks: Ranks,
+) -> tuple[Trained, State]:
+    """Fit, unless ``final`` stands and its last state is on record; commit the model as ``final``."""
+    done = recorder.checkpoints.with_name(f"{recorder.checkpoints.name}-done")
+    found = checkpoint.from_main(ranks, lambda: checkpoint.load_newest(done, recorder.progress.say))
+    if found is not None:
+        engine.place(student.module)
+        student.module.load_state_dict(found[1]["student"])
+        trained, state = Trained(**found[1]["done"]), found[1]["student"]
+    else:
+        trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder, ranks)
+        for buffer in student.module.buffers():  # batch statistics are each rank's own; those of the main rank are what is saved
+            ranks.broadcast(buffer)
+        state = snapshot(student.module)
+        if ranks.main:
+            checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
+    if ranks.main and not final.is_dir():
+        save_model(student, final, classes)
+    return trained, state
+
+
+def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Progress, stop: Stop, cost: Cost) -> tuple[Model, list[int]]:
+    """Fine-tune the teacher on the labelled rows with cross entropy (``teacher.train``); committed as ``out/teacher``, once for all seeds.
+
+    Returns it, and the steps from which its training was resumed.
+    """
+    assert job.recipe.teacher is not None
+    assert job.recipe.teacher.train is not None
+    given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
+    recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={**given, "ema": None, "select": "last"})})
+    progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
+    ranks = job.ranks
+    own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=has_batch_statistics(teacher), ranks=ranks)
+    objective = own.baseline_objective()
+    choice_file = job.out / "checkpoints" / "teacher.json"
+
+    def choice() -> tuple[Engine, dict[str, Any]]:
+        if choice_file.is_file():
+            return Engine(device, **read_json(choice_file)), {}
+        batch = own.first_batch(recipe, with_teacher=False)
+        engine, _ = student_choice(teacher, None, objective, batch, device, recipe.train, recipe.seed)
+        make(choice_file.parent)
+        write_json(choice_file, {"precision": engine.precision, "layout": engine.layout})
+        return engine, {}
+
+    engine, _ = engine_from_main(ranks, choice, device)
+    workers, _ = ranks.from_main(lambda: choose_workers(recipe.train.workers, job.data.train, own.augment, ranks.local_size))
+    log = Log(job.out) if ranks.main else NoLog()
+    try:
+        validate = own.validation(teacher, engine)
+        recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep_all)
+        feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
+        with stop.steps():
+            trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes, ranks)
+        stop.between("the training of the student")
+    finally:
+        log.close()
+    teacher.weights_sha256 = state_hash(teacher.module)
+    teacher.classes = job.data.classes
+    return teacher, trained.resumed_from
