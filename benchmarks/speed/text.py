@@ -25,7 +25,7 @@ def lengths(quick: bool) -> dict[str, Any]:
     student two of its layers; neither is fine-tuned, for only time is measured. Turns hold texts of other lengths, so the
     ratio is that of the sums over all turns.
     """
-    steps, pairs = (3, 2) if quick else (8, 7)
+    steps, pairs = (3, 2) if quick else (4, 7)
     figures, seconds, facts, floors = [], {}, {}, {}
     for name in ("r8", "imdb"):
         prepared = prepare(name, rows=BATCH * steps * (pairs + 1))

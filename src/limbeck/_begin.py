@@ -132,6 +132,9 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     label: the teacher's answers are to be kept, whatever they are for.
     """
     recipe, data = job.recipe, job.data
+    if job.ranks.local_size > 1 and recipe.train.device.startswith("cuda:"):
+        text = f"got {recipe.train.device}, on which all {job.ranks.local_size} processes of this machine would work."
+        raise UsageError(Problem("train.device", text, "Leave it out, or write cuda: each process takes a device of its own."))
     device = choose_device(recipe.train.device)
     check_precision(recipe.train.precision, device)
     student = job.build_student(recipe.seed)
@@ -182,6 +185,10 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     if begun.model is not None and begun.answers is not None and not begun.to_train:
         keep(begun, told)
     begun.objective = parts.objective(recipe.seed)
+    if job.verify_cache and begun.answers is None and not begun.to_train:
+        reason = "the teacher is a file of logits" if begun.table is not None else begun.cached[1].rstrip(".")
+        text = f"has nothing to compare: no answers of the teacher are kept or read ({reason})."
+        raise UsageError(Problem("--verify-cache", text, "Leave it out, or name teacher_cache.path."))
     known = begun.known
     begun.notes = [
         *check_trackers(recipe.track),
@@ -253,7 +260,7 @@ def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> Ta
         raise UsageError(Problem("data.augment", text, "Set data.augment: none, or name a teacher that can be asked."))
     table = TableTeacher(Path(recipe.teacher.model.removeprefix("logits:")), data, device)
     try:
-        table.columns = class_map(table, data)
+        table.choose(class_map(table, data))
     except UsageError as e:
         hint = "A .parquet file may name its classes, in the order of its logits."
         raise UsageError([Problem("teacher.model", f"{table.path}: {p.message}", hint) for p in e.problems]) from None

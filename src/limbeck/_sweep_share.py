@@ -208,7 +208,10 @@ def judge(points: list[Combination], lending: Lending, vary: dict[str, list[str]
 def _begun(most: Combination, group: list[Combination], lending: Lending, found: _Found) -> Begun | None:
     """Build and check what a group of combinations has in common, then what each has of its own; None where something is wrong."""
     job = lending.job(most)
-    begun = found.look(group, partial(begin, job))
+    if lending.ranks.size > 1:  # its ranks take common steps, which one that goes on after a mistake of its own would miss
+        begun: Begun | None = begin(job)
+    else:
+        begun = found.look(group, partial(begin, job))
     if begun is not None:
         for point in group:
             found.look([point], partial(_own, point, lending, begun))

@@ -200,6 +200,9 @@ def joined() -> Iterator[Ranks]:
         yield _JOINED[0]
         return
     if dist.is_available() and dist.is_initialized():  # by the program that calls Limbeck
+        if "cpu:" not in dist.get_backend_config():
+            text = f"the process group that is there ({dist.get_backend_config()}) cannot sum on the CPU, which counts of items need."
+            raise UsageError(Problem("torch.distributed", text, 'Make it with init_process_group("cpu:gloo,cuda:nccl").'))
         yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return
     if not launched():

@@ -26,7 +26,7 @@ from limbeck.analysis import analyse
 from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import SKIPPED, Data, choose_workers, skipped_csv, text_of, thumbnail
 from limbeck.engine import Engine
-from limbeck.errors import Interrupted, Stopped
+from limbeck.errors import Interrupted, Problem, Stopped, UsageError
 from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Trained
@@ -108,6 +108,9 @@ def run_into(
 def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun | None = None) -> dict[str, Any]:
     """The spine. Everything that can be wrong is found before the first file is written. begun: what :func:`begin` made of this job already."""
     recipe, data, ranks, started = job.recipe, job.data, job.ranks, time.perf_counter()
+    if dry_run and ranks.size > 1:
+        text = f"measures what one process takes, and {ranks.size} were started."
+        raise UsageError(Problem("--dry-run", text, "Start it without a launcher."))
     begun = begun or begin(job)
     agree(job, begun)
     recorded = _recorded(job, begun.facts)

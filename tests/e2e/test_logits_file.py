@@ -325,3 +325,43 @@ def test_a_resume_needs_the_same_file(here: Path, capsys: pytest.CaptureFixture[
     assert limbeck("distill", "--out", here / "run", "--resume") == 2
     assert "the teacher changed" in capsys.readouterr().err
     assert read(here / "run/metrics.json") == metrics
+
+
+def test_equal_samples_have_one_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of a .npy file that are of one and the same picture."""
+    with np.load(here / "pictures.npz") as file:
+        arrays = dict(file)
+    arrays["train_x"][7], arrays["train_y"][7] = arrays["train_x"][3], arrays["train_y"][3]
+    np.savez(here / "pictures.npz", **arrays)
+    said = np.random.default_rng(0).normal(size=(len(arrays["train_x"]), 3)).astype(np.float32)
+    np.save(here / "rows.npy", said)
+    assert limbeck("distill", recipe(here, teacher={"model": "logits:rows.npy"}), "--out", here / "run") == 2
+    assert "stands in rows 3 and 7 with other logits" in capsys.readouterr().err
+    said[7] = said[3]
+    np.save(here / "rows.npy", said)
+    assert taught(here, "rows.npy", "run")["cost"]["teacher_items"] == 0
+
+
+def test_an_answer_says_something_of_the_classes_of_the_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """-inf for every class that the data has, and a number for one that it has not."""
+    with np.load(here / "pictures.npz") as file:
+        np.savez(here / "named.npz", **file, classes=np.array(["ant", "bee", "cat"]))
+    data = data_of(here)
+    said = np.concatenate([answers(data)["train"], np.zeros((len(data.train), 1), np.float32)], axis=1)
+    said[5, :3] = -np.inf
+    names, own = '["ant", "bee", "cat", "dog"]', {"data": {"source": "npz:named.npz"}}
+    parquet(here / "four.parquet", {"row": data.train.rows}, said, names)
+    assert limbeck("distill", recipe(here, teacher={"model": "logits:four.parquet"}, **own), "--out", here / "run") == 2
+    told = capsys.readouterr().err
+    assert "no finite number for any class of the data for the sample " + hexadecimal(data.train.ids[5:6])[0] in told
+    said[5, 0] = 1.0
+    parquet(here / "four.parquet", {"row": data.train.rows}, said, names)
+    assert taught(here, "four.parquet", "run", **own)["cost"]["cache_hits"] == 2 * 48
+
+
+def test_there_is_nothing_to_compare_with_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(here / "rows.npy", answers(data_of(here))["train"])
+    asked = ("--verify-cache", "4", "--out", here / "run")
+    assert limbeck("distill", recipe(here, teacher={"model": "logits:rows.npy"}), *asked) == 2
+    assert "--verify-cache: has nothing to compare" in capsys.readouterr().err
+    assert not (here / "run").exists()

@@ -173,6 +173,21 @@ class TestErrors:
         assert codes == [2, 2]
         assert said.count("is done by one process, and 2 were started") == 1
 
+    def test_a_plan_is_made_by_one_process(self, there: Path, tmp_path: Path) -> None:
+        codes, said = ended(ranks(2, "distill", there / "recipe.yaml", "--dry-run", said=tmp_path / "said"))
+        assert codes == [2, 2]
+        assert said.count("--dry-run: measures what one process takes, and 2 were started") == 1
+
+    def test_a_mistake_on_one_rank_ends_a_sweep(self, there: Path, tmp_path: Path) -> None:
+        """What one machine lacks is told by its rank; the others do not wait for it."""
+        torn = "import os\nfrom nets import *\n\n\ndef torn(num_classes=3):\n    return Dense(num_classes) if os.environ['RANK'] == '0' else None\n"
+        (there / "torn.py").write_text(torn)
+        path = recipe(there, "torn.yaml", **{**EXACT, "student": {"model": "python:torn.py:torn"}})
+        codes, said = ended(ranks(2, "sweep", path, "--vary", "train.lr=0.1,0.2", "--out", tmp_path / "sweep", said=tmp_path / "said"))
+        assert codes == [2, 2], said
+        assert "torn" in said
+        assert "Traceback" not in said
+
     def test_what_only_one_rank_sees_ends_all(self, there: Path, tmp_path: Path) -> None:
         """A NaN on one rank: that rank names the samples, and the other says nothing."""
         path = recipe(there, "sick.yaml", **{**EXACT, "student": {"model": "python:nets.py:sick"}})

@@ -20,6 +20,7 @@ from limbeck.cache import _fill as filling
 from limbeck.cache import _store as store
 from limbeck.cache._manifest import Column, locked
 from limbeck.cache._store import write_part
+from limbeck.data import rows_of
 from limbeck.errors import DiskFull, UsageError
 
 
@@ -375,9 +376,9 @@ def test_rows_of_a_plan_are_those_of_a_dict(together: int) -> None:
     place: dict[tuple[int, int], int] = {}
     for row, (high, low) in enumerate(keys.tolist()):
         place.setdefault((high, low), row)
-    assert filling._rows_of(wanted, keys).tolist() == [place.get((a, b), -1) for a, b in wanted.tolist()]
-    assert filling._rows_of(keys[:0], keys).tolist() == []
-    assert filling._rows_of(keys[:2], keys[:0]).tolist() == [-1, -1]
+    assert rows_of(wanted, keys).tolist() == [place.get((a, b), -1) for a, b in wanted.tolist()]
+    assert rows_of(keys[:0], keys).tolist() == []
+    assert rows_of(keys[:2], keys[:0]).tolist() == [-1, -1]
 
 
 def test_a_plan_of_many_rows_takes_little_memory() -> None:
@@ -385,7 +386,7 @@ def test_a_plan_of_many_rows_takes_little_memory() -> None:
     keys = some_keys(100_000)
     tracemalloc.start()
     try:
-        filling._rows_of(keys[::-1], keys)
+        rows_of(keys[::-1], keys)
         assert tracemalloc.get_traced_memory()[1] < 120 * len(keys)
     finally:
         tracemalloc.stop()

@@ -58,6 +58,13 @@ def test_alone_nothing_is_asked_of_anybody(monkeypatch: pytest.MonkeyPatch) -> N
         assert ranks.from_main(lambda: (1, 2)) == (1, 2)
 
 
+def test_a_group_of_the_caller_that_cannot_sum_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(UsageError, match=r"cuda:nccl\) cannot sum on the CPU"), joined():
+        pass
+
+
 def test_other_facts_are_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Ranks(1, 2)
     monkeypatch.setattr(Ranks, "from_main", lambda self, make: {"data": "theirs", "seeds": 1})

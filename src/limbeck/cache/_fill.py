@@ -24,6 +24,7 @@ from safetensors.numpy import save
 
 from limbeck.cache._manifest import COPY, MANIFEST, Manifest, locked, read_manifest, write_manifest
 from limbeck.cache._store import Reader, row_bytes, write_part
+from limbeck.data import rows_of
 from limbeck.run import is_left_over, write_atomic
 
 __all__ = ["Ask", "Request", "fill", "missing", "read_plan", "tidy"]
@@ -109,7 +110,7 @@ def _plans(folder: Path, request: Request) -> Iterator[tuple[_Plan, Int64]]:
     while True:
         with locked(folder / ".lock"):  # no part is committed, and no plan made, between looking and planning
             found = [p for p in map(read_plan, sorted(folder.glob("plan-*"))) if p is not None and p.view == request.view]
-            plans = [(plan, rows) for plan, rows in ((p, _rows_of(p.keys, request.keys)) for p in found) if (rows >= 0).all()]
+            plans = [(plan, rows) for plan, rows in ((p, rows_of(p.keys, request.keys)) for p in found) if (rows >= 0).all()]
             if not plans:
                 manifest = read_manifest(folder)
                 rows = missing(Reader(folder, manifest), request)
@@ -147,24 +148,6 @@ def read_plan(path: Path) -> _Plan | None:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, FileNotFoundError):
         return None
     return _Plan(name, view, keys, rows_of_part) if path.name == f"plan-{name}" else None
-
-
-def _rows_of(wanted: Keys, keys: Keys) -> Int64:
-    """The first row of ``keys``, ``(N, 2)``, that is each of ``wanted``, ``(M, 2)``; -1 where there is none. Arrays alone: a mapping of tuples takes
-    200 bytes a key."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first row of the split comes first
-    high, low = keys[order, 0], keys[order, 1]
-    at = np.searchsorted(high, wanted[:, 0])
-    rows = np.full(len(wanted), -1, dtype=np.int64)
-    open_ = np.flatnonzero(at < len(keys))
-    while len(open_):  # once, but for keys that agree in their first word
-        place = at[open_]
-        same = high[place] == wanted[open_, 0]
-        hit = same & (low[place] == wanted[open_, 1])
-        rows[open_[hit]] = order[place[hit]]
-        at[open_] += 1
-        open_ = open_[same & ~hit & (place + 1 < len(keys))]
-    return rows
 
 
 def _follow(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from limbeck.data import Data
+from limbeck.data import Data, groups, rows_of
 from limbeck.data.tables import read_parquet
 from limbeck.errors import Problem, UsageError, nearest
 from limbeck.run import file_sha256
@@ -22,6 +22,7 @@ __all__ = ["TableTeacher", "write_ids"]
 Keys = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 WHERE = "teacher.model"
+_PIECE = 1 << 14  # rows that are looked at at once
 
 
 class TableTeacher:
@@ -29,9 +30,11 @@ class TableTeacher:
 
     ``.npy``: ``(N, C)`` floats, row i for row i of the training data as it is given (before validation is split off), classes in the data's order.
     ``.parquet``: a column ``logits`` (lists of C floats) and a column ``id`` (32 hex digits, as ``limbeck label --ids`` writes them) or ``row`` (the
-    training data's row); its metadata may name the ``classes``, a JSON list in the order of the logits. By ``id`` it may cover test samples too.
+    training data's row; where both are there, the id decides); its metadata may name the ``classes``, a JSON list in the order of the logits. By
+    ``id`` it may cover test samples too.
 
-    Every training sample has to be covered by finite numbers. ``test``: ``(N, C)`` of the test split, None where the file does not cover it.
+    Every training sample has to be covered by numbers, of which -inf may be some, and equal samples by equal numbers. ``test``: ``(N, C)`` of the
+    test split, None where the file does not cover it.
     """
 
     def __init__(self, path: Path, data: Data, device: torch.device) -> None:
@@ -49,7 +52,8 @@ class TableTeacher:
         self._order = np.lexsort((train[:, 1], train[:, 0]))
         self._high = np.ascontiguousarray(train[self._order, 0])
         self._ids = train
-        self.columns: Int64 | None = None  # set by who knows the classes
+        self._same_logits(train, table, of_train)
+        self.columns: Int64 | None = None
         self.test = None if of_test is None else table[of_test].astype(np.float64)
 
     def _read(self, data: Data) -> tuple[npt.NDArray[Any], Int64, Int64 | None]:
@@ -151,14 +155,34 @@ class TableTeacher:
 
     def _match(self, keys: Keys, logits: npt.NDArray[Any], wanted: Keys) -> Int64:
         """The file's row of each wanted id, -1 where there is none; the same id twice must say the same."""
-        place: dict[tuple[int, int], int] = {}
-        for row, (high, low) in enumerate(keys.tolist()):
-            first = place.setdefault((high, low), row)
-            if first != row and not np.array_equal(logits[first], logits[row]):
-                raise UsageError(
-                    Problem(WHERE, f"{self.path}: the id {high:016x}{low:016x} stands in rows {first} and {row} with other logits.")
-                )
-        return np.array([place.get((high, low), -1) for high, low in wanted.tolist()], dtype=np.int64)
+        self._same_logits(keys, logits, np.arange(len(keys)))
+        return rows_of(wanted, keys)
+
+    def _same_logits(self, ids: Keys, logits: npt.NDArray[Any], rows: Int64) -> None:
+        """Of the samples ``ids``, whose answers stand in ``rows``: those that are there twice have one answer."""
+        first, group = groups(ids)
+        for again in np.flatnonzero(first[group] != np.arange(len(ids))).tolist():
+            one, other = int(rows[first[group[again]]]), int(rows[again])
+            if one != other and not np.array_equal(logits[one], logits[other], equal_nan=True):
+                high, low = ids[again].tolist()
+                text = f"{self.path}: the id {high:016x}{low:016x} stands in rows {one} and {other} with other logits."
+                raise self._wrong(text, "Equal samples are one sample, whose answer must be one.")
+
+    def choose(self, columns: Int64 | None) -> None:
+        """Give these columns from now on, which are the classes of the data in their order; None: all, as they stand.
+
+        Raises: UsageError where a sample has no finite number among them.
+        """
+        self.columns = columns
+        if columns is None:
+            return
+        for start in range(0, len(self._rows), _PIECE):
+            rows = self._rows[start : start + _PIECE]
+            bad = np.flatnonzero(~np.isfinite(np.asarray(self._logits[rows])[:, columns]).any(axis=1))
+            if len(bad):
+                high, low = self._ids[start + bad[0]].tolist()
+                text = f"{self.path} has no finite number for any class of the data for the sample {high:016x}{low:016x} (its row {rows[bad[0]]})."
+                raise self._wrong(text)
 
     def _check(self, data: Data) -> None:
         absent = np.flatnonzero(self._rows < 0)
@@ -166,9 +190,8 @@ class TableTeacher:
             shown = ", ".join(f"{h:016x}{low:016x}" for h, low in data.train.ids[absent[:3]].tolist())
             text = f"{self.path} has no logits for {len(absent):,} of {len(self._rows):,} training samples (the first: {shown})."
             raise UsageError(Problem(WHERE, text, "`limbeck label RECIPE --ids FILE.csv` writes the id of every sample."))
-        step = 1 << 14
-        for start in range(0, len(self._rows), step):
-            rows = self._rows[start : start + step]
+        for start in range(0, len(self._rows), _PIECE):
+            rows = self._rows[start : start + _PIECE]
             piece = np.asarray(self._logits[rows])
             finite = np.isfinite(piece)
             bad = np.flatnonzero(~(finite | (piece == -np.inf)).all(axis=1) | ~finite.any(axis=1))  # of a row of -inf nothing can be told

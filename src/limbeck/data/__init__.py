@@ -7,6 +7,7 @@ builder makes the batch, each model's inputs from the same view; a stream does s
 from __future__ import annotations
 
 from limbeck.data.batches import BatchBuilder, Plan, Request, cuts, evaluation_requests
+from limbeck.data.ids import groups, rows_of
 from limbeck.data.keys import view_keys
 from limbeck.data.load import FORMS, load_data
 from limbeck.data.loader import choose_workers, stream
@@ -32,7 +33,9 @@ __all__ = [
     "cuts",
     "data_from_python",
     "evaluation_requests",
+    "groups",
     "load_data",
+    "rows_of",
     "skipped_csv",
     "stream",
     "text_of",

@@ -10,7 +10,7 @@ import xxhash
 
 from limbeck.randomness import mix
 
-__all__ = ["Ids", "array_id", "array_ids", "bytes_id", "from_digests", "groups", "pair_ids", "text_ids"]
+__all__ = ["Ids", "array_id", "array_ids", "bytes_id", "from_digests", "groups", "pair_ids", "rows_of", "text_ids"]
 
 Ids = npt.NDArray[np.uint64]
 """``(N, 2)`` uint64: the two words of each hash, the high one first."""
@@ -72,3 +72,21 @@ def groups(ids: Ids) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     group = np.empty(len(ids), np.int64)
     group[by_id] = np.cumsum(starts) - 1
     return by_id[starts].astype(np.int64), group
+
+
+def rows_of(wanted: Ids, keys: Ids) -> npt.NDArray[np.int64]:
+    """The first row of ``keys``, ``(N, 2)``, that is each of ``wanted``, ``(M, 2)``; -1 where there is none. Arrays alone: a mapping of tuples takes
+    200 bytes a key."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first row of the split comes first
+    high, low = keys[order, 0], keys[order, 1]
+    at = np.searchsorted(high, wanted[:, 0])
+    rows = np.full(len(wanted), -1, dtype=np.int64)
+    open_ = np.flatnonzero(at < len(keys))
+    while len(open_):  # once, but for keys that agree in their first word
+        place = at[open_]
+        same = high[place] == wanted[open_, 0]
+        hit = same & (low[place] == wanted[open_, 1])
+        rows[open_[hit]] = order[place[hit]]
+        at[open_] += 1
+        open_ = open_[same & ~hit & (place + 1 < len(keys))]
+    return rows
