@@ -17,6 +17,7 @@ import typer
 from limbeck._cli_cache import cache_app
 from limbeck._cli_judge import folder_of, load, out_problems, refuse, whole
 from limbeck._cli_lists import convert, losses, models, recipes
+from limbeck._cli_machine import doctor
 from limbeck._cli_options import (
     Alpha,
     BatchSize,
@@ -317,7 +318,7 @@ def _run(
     return dict(result)
 
 
-for command in (evaluate, export, report, losses, models, recipes, convert):
+for command in (evaluate, export, report, losses, models, recipes, convert, doctor):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
 
