@@ -1,8 +1,10 @@
-"""Commands on finished runs: evaluate, export, report."""
+"""Commands on finished runs: evaluate, export, report, compare."""
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from limbeck._cli_run import emit
 from limbeck._cli_show import flat, table
 from limbeck.errors import Problem, nearest
 
+REGRESSION = 3
 EXPORTS = ("onnx", "torchscript", "pt2")
 
 
@@ -85,3 +88,70 @@ def report(
     from limbeck.report import write_report
 
     print(write_report(folders, target))
+
+
+def compare(
+    old: Annotated[str, typer.Argument(metavar="OLD_RUN", show_default=False, help="The run to be held against.")],
+    new: Annotated[str, typer.Argument(metavar="NEW_RUN", show_default=False, help="The run that is judged.")],
+    max_drop: Annotated[str, typer.Option("--max-drop", metavar="POINTS", help="How far accuracy may fall, in points.")] = "0.5",
+    max_slowdown: Annotated[str, typer.Option("--max-slowdown", metavar="PERCENT", help="How far latency may rise.")] = "20",
+    max_growth: Annotated[str, typer.Option("--max-growth", metavar="PERCENT", help="How far bytes may rise.")] = "5",
+    json: Json = False,
+) -> None:
+    """Say whether a new run is worse than an old one.
+
+    Ends with 3 where accuracy, latency or size is worse than allowed, or an export is gone; for CI.
+    """
+
+    def work() -> dict[str, Any]:
+        problems: list[Problem] = []
+        before, after = check_run(old, problems), check_run(new, problems)
+        given = {"--max-drop": max_drop, "--max-slowdown": max_slowdown, "--max-growth": max_growth}
+        limits = {option: _from_zero(option, text, problems) for option, text in given.items()}
+        refuse(problems)
+        from limbeck.compare import Allowed
+        from limbeck.compare import compare as compare_runs
+
+        return dict(compare_runs(before, after, Allowed(*limits.values())))
+
+    result = emit(work, json)
+    if not json:
+        rows = [
+            (
+                r["what"],
+                _number(r["old"], r["unit"]),
+                _number(r["new"], r["unit"]),
+                _change(r),
+                r["verdict"] + (f" ({r['why']})" if r["why"] else ""),
+            )
+            for r in result["rows"]
+        ]
+        table(("measure", "old", "new", "change (allowed)", ""), rows)
+        for note in result["notes"]:
+            print(note)
+        print(f"Regression: {', '.join(result['regressions'])}." if result["regressions"] else "No regression.")
+    if result["regressions"]:
+        sys.exit(REGRESSION)
+
+
+def _from_zero(option: str, text: str, problems: list[Problem]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value >= 0 and math.isfinite(value)):
+        problems.append(Problem(option, f"got '{text}', expected a number from 0 up."))
+    return value
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if unit == "points" else f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _change(row: dict[str, Any]) -> str:
+    if row["change"] is None:
+        return "-"
+    sign = "-" if row["unit"] == "points" else "+"
+    return f"{row['change']:+.2f} {row['unit']} ({sign}{row['allowed']:g})"

@@ -43,7 +43,7 @@ from limbeck._cli_options import (
     VerifyCache,
 )
 from limbeck._cli_run import call, emit
-from limbeck._cli_runs import evaluate, export, report
+from limbeck._cli_runs import compare, evaluate, export, report
 from limbeck._cli_show import share, table
 
 __all__ = ["app", "main"]
@@ -318,7 +318,7 @@ def _run(
     return dict(result)
 
 
-for command in (evaluate, export, report, losses, models, recipes, convert, doctor):
+for command in (evaluate, export, report, compare, losses, models, recipes, convert, doctor):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
 
