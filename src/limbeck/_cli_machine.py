@@ -1,12 +1,15 @@
-"""Commands about the machine: doctor."""
+"""Commands that look on: doctor, watch."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from limbeck._cli_options import Json
+from limbeck._cli_judge import no_such, refuse
+from limbeck._cli_options import Json, Run
 from limbeck._cli_run import print_json
 
 FAILED = 3
@@ -19,8 +22,6 @@ def doctor(json: Json = False, no_network: NoNetwork = False) -> None:
 
     Ends with 0 where nothing fails (warnings included), with 3 where something does.
     """
-    import sys
-
     from limbeck.doctor import examine
 
     found = examine(network=not no_network)
@@ -36,3 +37,41 @@ def doctor(json: Json = False, no_network: NoNetwork = False) -> None:
         print(f"\n{counts['ok']} ok, {counts['warn']} to think about, {counts['fail']} to mend.")
     if found["level"] == "fail":
         sys.exit(FAILED)
+
+
+def watch(
+    run: Run,
+    once: Annotated[bool, typer.Option("--once", help="Say how far it is, and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The same as one JSON document.")] = False,
+) -> None:
+    """Follow a run from another terminal.
+
+    Its folder is only read, so a shared volume will do. Runs of several seeds and sweeps are followed too. Ends with the run.
+    """
+    folder = Path(run)
+    refuse([] if folder.is_dir() else [no_such(folder, "folder")])
+    from limbeck.watch import look
+    from limbeck.watch import watch as follow
+
+    if json:
+        print_json(vars(look(folder)))
+    elif once:
+        seen = look(folder)
+        print(seen.result or seen.line())
+    else:
+        _followed(folder, follow)
+
+
+def _followed(folder: Path, follow: Any) -> None:
+    """On a terminal one line that changes; else a line a step."""
+    if not sys.stdout.isatty():
+        follow(folder, lambda line: print(line, flush=True))
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        last = follow(folder, lambda line: live.update(Text(line)))
+    console.print(Text(last.result or last.line()))

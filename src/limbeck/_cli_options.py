@@ -47,6 +47,12 @@ VerifyCache = Annotated[
         help="Compare N cached answers with the teacher, which is loaded for it; by default 32 where it is loaded anyway.",
     ),
 ]
+MetricsPort = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics-port", metavar="PORT", show_default=False, help="Serve Prometheus text at this port (or HOST:PORT) while it trains."
+    ),
+]
 CacheFolder = Annotated[
     str | None,
     typer.Argument(metavar="FOLDER", show_default=False, help="A teacher_cache.path, or one directory in it; by default the user's own."),

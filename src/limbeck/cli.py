@@ -17,7 +17,7 @@ import typer
 from limbeck._cli_cache import cache_app
 from limbeck._cli_judge import folder_of, load, out_problems, refuse, whole
 from limbeck._cli_lists import convert, losses, models, recipes
-from limbeck._cli_machine import doctor
+from limbeck._cli_machine import doctor, watch
 from limbeck._cli_options import (
     Alpha,
     BatchSize,
@@ -28,6 +28,7 @@ from limbeck._cli_options import (
     Ids,
     Json,
     Lr,
+    MetricsPort,
     NoBaseline,
     Out,
     RecipeFile,
@@ -107,6 +108,7 @@ def distill(
     resume: Resume = False,
     no_baseline: NoBaseline = False,
     verify_cache: VerifyCache = None,
+    metrics_port: MetricsPort = None,
     dry_run: DryRun = False,
     json: Json = False,
     sets: Sets = None,
@@ -131,7 +133,7 @@ def distill(
         "seed": seed,
         "baseline": False if no_baseline else None,
     }
-    asked = _Asked(out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json, verify_cache=verify_cache)
+    asked = _Asked(out, resume, seeds, dry_run, json, verify_cache, metrics_port)
     emit(lambda: _run("distill", recipe, options, sets or [], asked), json)
 
 
@@ -189,6 +191,7 @@ def sweep(
     resume: Resume = False,
     no_baseline: NoBaseline = False,
     dry_run: DryRun = False,
+    metrics_port: MetricsPort = None,
     json: Json = False,
     sets: Sets = None,
 ) -> None:
@@ -219,7 +222,7 @@ def sweep(
             with joined() as ranks:
                 refuse_lost_folder()
                 folder = Path(ranks.from_main(lambda: str(next_free(Path("runs"), "sweep"))))
-        how: dict[str, Any] = {"progress": "plain" if json else "auto", "dry_run": dry_run}
+        how: dict[str, Any] = {"progress": "plain" if json else "auto", "dry_run": dry_run, "metrics_port": metrics_port}
         return dict(run_sweep(points, base=base, vary=varied, out=folder, resume=resume, seeds=count or 1, **how))
 
     result = emit(work, json)
@@ -252,6 +255,7 @@ def train(
     resume: Resume = False,
     no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Accepted; a training has no baseline.")] = False,
     dry_run: DryRun = False,
+    metrics_port: MetricsPort = None,
     json: Json = False,
     sets: Sets = None,
 ) -> None:
@@ -269,7 +273,7 @@ def train(
         "seed": seed,
     }
     options |= {"baseline": False if no_baseline else None}
-    asked = _Asked(out=out, resume=resume, seeds=seeds, dry_run=dry_run, plain=json)
+    asked = _Asked(out, resume, seeds, dry_run, json, metrics_port=metrics_port)
     emit(lambda: _run("train", recipe, options, sets or [], asked), json)
 
 
@@ -282,6 +286,7 @@ class _Asked(NamedTuple):
     dry_run: bool
     plain: bool
     verify_cache: str | None = None
+    metrics_port: str | None = None
 
 
 def _run(
@@ -314,11 +319,12 @@ def _run(
         dry_run=asked.dry_run,
         command=command,
         verify_cache=verify,
+        metrics_port=asked.metrics_port,
     )
     return dict(result)
 
 
-for command in (evaluate, export, report, compare, losses, models, recipes, convert, doctor):
+for command in (evaluate, export, report, compare, losses, models, recipes, convert, doctor, watch):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
 

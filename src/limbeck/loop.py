@@ -183,6 +183,7 @@ def fit(
                     {
                         "role": recorder.role,
                         "step": done.steps,
+                        "steps": plan.total_steps,
                         "epoch": epoch,
                         "loss": float(loss),
                         "terms": shown,
@@ -191,6 +192,7 @@ def fit(
                         "grad_norm": float(norm),
                         "items_per_second": rate.value or None,
                         "memory_bytes": memory_bytes(engine.device),
+                        "machine": recorder.progress.machine(),
                         "time": time.time(),
                     }
                 )

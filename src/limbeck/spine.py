@@ -65,10 +65,11 @@ def run_recipe(
     dry_run: bool = False,
     command: str = "distill",
     verify_cache: int | None = None,
+    metrics_port: str | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; returns its metrics (``metrics.json``). base: the folder that relative paths of the recipe start from.
 
-    seeds: None is one, or on resume as many as the run was begun with.
+    seeds: None is one, or on resume as many as the run was begun with. metrics_port: PORT or HOST:PORT, where training is told as Prometheus text.
     """
     with joined() as ranks:
         if out is None:
@@ -77,9 +78,8 @@ def run_recipe(
         resume = resume or restarted(ranks)
         if ranks.main:
             refuse_taken(out, resume)
-        return run_into(
-            recipe, base=base, out=out, resume=resume, seeds=seeds, progress=progress, dry_run=dry_run, verify_cache=verify_cache
-        )
+        how: dict[str, Any] = {"progress": progress, "dry_run": dry_run, "verify_cache": verify_cache, "metrics_port": metrics_port}
+        return run_into(recipe, base=base, out=out, resume=resume, seeds=seeds, **how)
 
 
 def run_into(
@@ -92,10 +92,11 @@ def run_into(
     progress: str = "auto",
     dry_run: bool = False,
     verify_cache: int | None = None,
+    metrics_port: str | None = None,
 ) -> dict[str, Any]:
     """:func:`run_recipe` into a folder that the caller has judged."""
     recipe = absolute(recipe, base)
-    with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
+    with joined() as ranks, Progress(progress if ranks.main else "none", metrics_port if ranks.main else None) as shown:
         count = int(ranks.from_main(lambda: seeds or begun_seeds(out)))
         done = ranks.from_main(lambda: already(out, recipe, count))
         if done is not None:

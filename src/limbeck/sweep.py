@@ -37,6 +37,7 @@ def sweep(
     seeds: int = 1,
     progress: str = "auto",
     dry_run: bool = False,
+    metrics_port: str | None = None,
 ) -> dict[str, Any]:
     """Run every combination, each in ``out/runs/NAME``; the teacher is asked once for all of them, and a baseline is trained once for each student
     and seed. The best on validation is exported, and stands with its recipe in ``out``.
@@ -46,7 +47,7 @@ def sweep(
     first step.
     """
     plan = {"vary": vary, "seeds": seeds, "recipes": {p.name: p.recipe.model_dump(mode="json") for p in points}}
-    with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
+    with joined() as ranks, Progress(progress if ranks.main else "none", metrics_port if ranks.main else None) as shown:
         resume = resume or restarted(ranks)
         if ranks.main:
             refuse_taken(out, resume)
