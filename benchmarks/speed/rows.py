@@ -24,7 +24,10 @@ ROWS = {
     "P2": Row("live step, tiny MLP, batch 32 (overhead)", "plain hand-written loop", "at most 1.15x", steps.tiny_step),
     "P3": Row("cached step", "student-only step of the plain loop", "at most 1.05x", steps.cached_step),
     "P4": Row(
-        "10 epochs with the filling, K = 1 and the default K", "own live run", "at least 0.9 of the ceiling E(S+T)/(E S + K T)", cifar.caching
+        "10 epochs with the filling, K = 1 and the default K",
+        "own live run",
+        "at least 0.9 of the ceiling E(S+T)/(E S + K T)",
+        cifar.caching,
     ),
     "P5": Row(
         "CIFAR-10 pair, 10 epochs, float32; and with precision: auto",

@@ -98,7 +98,7 @@ def one_run(point: dict[str, int]) -> dict[str, Any]:
     drawn = np.random.default_rng(measuring.SEED)
     labels = np.arange(point["samples"]) % point["classes"]
     x = drawn.standard_normal((point["samples"], 64), dtype=np.float32)
-    few = max(128, 2 * point["classes"]) if point["classes"] <= 1000 else point["classes"]
+    few = max(128, min(2 * point["classes"], 1000))
     if point["samples"] < point["classes"]:  # every class has a sample
         labels = np.arange(point["classes"])
         x = drawn.standard_normal((point["classes"], 64), dtype=np.float32)

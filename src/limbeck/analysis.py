@@ -19,6 +19,7 @@ BINS = 15
 """Confidence bins of equal width, as in Guo et al., "On Calibration of Modern Neural Networks" (2017)."""
 
 FORMAT = 1
+_PIECE = 1 << 22  # logits that are looked at at once
 CONFUSIONS = 20
 
 Sample = Callable[[int], Mapping[str, str | bytes]]
@@ -62,7 +63,7 @@ def analyse(
     given = np.asarray(labels).reshape(-1).astype(np.int64)
     kept = np.flatnonzero(given >= 0)
     truth = given[kept]
-    answers = {role: _answers(np.asarray(values)[kept], truth) for role, values in logits.items()}
+    answers = {role: _answers(np.asarray(values), kept, truth) for role, values in logits.items()}
     support = np.bincount(truth, minlength=len(classes))
     return {
         "format": FORMAT,
@@ -74,9 +75,17 @@ def analyse(
     }
 
 
-def _answers(logits: Any, truth: Ints) -> _Answers:
-    if len(logits) == 0:
+def _answers(logits: Any, kept: Ints, truth: Ints) -> _Answers:
+    """Of the rows ``kept``, a few at a time: with many classes a second copy of all logits would be large."""
+    if len(kept) == 0:
         return _Answers(truth, np.zeros(0), np.zeros(0, bool))
+    rows = max(1, _PIECE // logits.shape[1])
+    pieces = [_piece(logits[kept[start : start + rows]]) for start in range(0, len(kept), rows)]
+    predicted, confidence = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    return _Answers(predicted, confidence, predicted == truth)
+
+
+def _piece(logits: Any) -> tuple[Ints, Floats]:
     raw = np.asarray(logits, np.float64)
     known: Bools = np.asarray(~np.isnan(raw).any(axis=-1))
     shift = np.where(known[:, None], raw, 0.0)
@@ -85,8 +94,7 @@ def _answers(logits: Any, truth: Ints) -> _Answers:
     with np.errstate(over="ignore"):
         weight = np.where(np.isinf(top), shift == top, np.exp(shift - np.where(np.isinf(top), 0.0, top)))
     confidence = np.where(known, weight.max(-1) / weight.sum(-1), np.nan)
-    predicted = np.where(known, shift.argmax(-1), -1).astype(np.int64)
-    return _Answers(predicted, confidence, predicted == truth)
+    return np.where(known, shift.argmax(-1), -1).astype(np.int64), confidence
 
 
 def _model(found: _Answers, truth: Ints, support: Ints) -> dict[str, Any]:

@@ -23,6 +23,7 @@ __all__ = ["agreement", "bootstrap_interval", "latency", "metrics", "predict", "
 
 Logits = np.ndarray[Any, np.dtype[np.float64]]
 ECE_BINS = 15
+_PIECE = 1 << 22  # logits that are looked at at once
 
 
 def predict(
@@ -65,14 +66,22 @@ def metrics(logits: Logits, labels: np.ndarray[Any, Any]) -> dict[str, float]:
     logits: ``(N, C)`` float64; labels: ``(N,)`` in ``0 .. C - 1``. macro_f1 averages over the classes that occur in labels or answers.
     """
     scores, target = torch.from_numpy(logits), torch.from_numpy(np.asarray(labels, dtype=np.int64))
-    log_probabilities = scores.log_softmax(-1)
     answers = scores.argmax(-1)
+    rows = max(1, _PIECE // scores.shape[1])  # with many classes a second copy of all logits would be large
+    found = [_of_rows(*piece) for piece in zip(torch.split(scores, rows), torch.split(target, rows), strict=True)]
+    losses, confidence = (torch.cat(column) for column in zip(*found, strict=True))
     return {
         "accuracy": float((answers == target).double().mean()),
         "macro_f1": _macro_f1(answers, target, scores.shape[1]),
-        "nll": float(-log_probabilities.gather(1, target[:, None]).mean()),
-        "ece": _calibration_error(log_probabilities.amax(-1).exp(), answers == target),
+        "nll": float(losses.mean()),
+        "ece": _calibration_error(confidence, answers == target),
     }
+
+
+def _of_rows(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """``(N,)`` each: the loss in nats, and the probability of the answer."""
+    log_probabilities = scores.log_softmax(-1)
+    return -log_probabilities.gather(1, target[:, None])[:, 0], log_probabilities.amax(-1).exp()
 
 
 def _macro_f1(answers: Tensor, target: Tensor, classes: int) -> float:
