@@ -7,7 +7,7 @@
 #   make faults       stop runs in every way and at every instant; the table in docs/reliability.md (hours; one row: make faults ROWS=R4)
 #   make cifar-pair   fetch CIFAR-10, train a teacher, distil it, 3 seeds (about two hours on 2 cores, in the foreground)
 #   make r8           fetch R8 and MiniLM, fine-tune it, distil it into 2 layers, 3 seeds
-#   make bench        measure speed against a plain loop and other libraries; docs/benchmarks.md (up to two hours on 2 quiet cores)
+#   make bench        measure speed against a plain loop and other libraries; docs/benchmarks.md (P10 alone: make bench ROWS=P10)
 #   make clean        remove .venv and caches; runs/ and data/ stay
 #
 # TORCH chooses the PyTorch to install, e.g.  make test TORCH="torch==2.6.0 torchvision==0.21.0"

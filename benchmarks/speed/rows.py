@@ -17,6 +17,7 @@ class Row:
     target: str
     run: Callable[[bool], dict[str, Any]]
     needs_peers: bool = False
+    alone: bool = False  # takes long, and is only run when it is named
 
 
 ROWS = {
@@ -54,7 +55,9 @@ ROWS = {
         "bytes a sample at 10 to 20,000 classes", "2 bytes x classes", "at most 1.05x from 100 classes on; sparse at most 2 %", store.size
     ),
     "P9": Row("opening a 10 GB cache to the first batch", "-", "0.5 s, +50 MB resident, flat in size", store.opening),
-    "P10": Row("K = 1, 4, 16, live: accuracy against time, 3 seeds", "live", "the default K within 0.3 points or the noise", scale.views),
+    "P10": Row(
+        "K = 1, 4, 16, live: accuracy against time, 3 seeds", "live", "the default K within 0.3 points or the noise", scale.views, alone=True
+    ),
     "P11": Row(
         "growth in epochs, samples, classes, teacher size",
         "fitted slopes",
