@@ -98,8 +98,8 @@ plots.losses(best)
 # %% [markdown]
 # ## Soft labels
 #
-# What the teacher says of single samples is more than a label: a 3 that could be an 8 is worth something to the student. A temperature makes the small
-# probabilities visible; the star marks the true class.
+# What the teacher says of single samples is more than a label: a 3 that could be an 8 is worth something to the student. A temperature makes the
+# small probabilities visible; the star marks the true class.
 
 # %%
 from sklearn.datasets import load_digits  # noqa: E402

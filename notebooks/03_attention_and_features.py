@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Where teacher and student look
 #
-# Attention heat maps of a teacher and its student on the same sentence, side by side, and feature maps of two convolutional networks. The sentences are
-# made by a small grammar in which "not" turns a judgement around, so that there is something to look at.
+# Attention heat maps of a teacher and its student on the same sentence, side by side, and feature maps of two convolutional networks. The sentences
+# are made by a small grammar in which "not" turns a judgement around, so that there is something to look at.
 
 # %%
 import itertools

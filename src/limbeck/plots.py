@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed
@@ -109,8 +112,6 @@ def sweep(folder: Run, measure: str = "validation") -> Figure:
             if np.isfinite(number):
                 axis.text(j, i, f"{number:.2f}", ha="center", va="center", color="white" if number > middle else "#222")
         at = vary[across].index(best["values"][across]), rows.index(best["values"][down]) if down else 0
-        from matplotlib.patches import Rectangle
-
         axis.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, fill=False, edgecolor=COLOURS["baseline"], linewidth=3))
         axis.set_xticks(range(grid.shape[1]), vary[across])
         axis.set_yticks(range(grid.shape[0]), rows)
@@ -131,9 +132,11 @@ def calibration(run: Run) -> Figure:
         for axis, role in zip(axes, roles, strict=True):
             bins = [b for b in models[role]["bins"] if b["count"]]
             middles = [(b["low"] + b["high"]) / 2 for b in bins]
-            axis.bar(middles, [b["correct"] / b["count"] for b in bins], width=1 / 15 * 0.9, color=COLOURS[role], alpha=0.85)
-            axis.plot([0, 1], [0, 1], color="#888", linestyle="--", linewidth=1)
             sizes = np.array([b["count"] for b in bins], dtype=float)
+            pale = 0.25 + 0.65 * np.minimum(1.0, sizes / 10)  # a few samples say little
+            colours = [(*to_rgb(COLOURS[role]), opacity) for opacity in pale]
+            axis.bar(middles, [b["correct"] / b["count"] for b in bins], width=1 / 15 * 0.9, color=colours)
+            axis.plot([0, 1], [0, 1], color="#888", linestyle="--", linewidth=1)
             axis.scatter(middles, [b["confidence"] for b in bins], s=90 * sizes / sizes.max() + 4, color="#222", zorder=3)
             error = models[role].get("ece")
             axis.set(
@@ -173,6 +176,9 @@ def tradeoff(run: Run, measure: str = "latency_ms") -> Figure:
             )
             axis.annotate(role, (cost, 100 * about["metrics"][key]), textcoords="offset points", xytext=(9, 5), color=COLOURS[role])
         axis.set_xscale("log")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1e4 else f"{value / 1e6:,.3g} M"))
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
         axis.margins(0.2)
         axis.set(
             xlabel="latency of one sample, ms (median)" if measure == "latency_ms" else measure, ylabel=f"test {key.replace('_', ' ')}, %"
