@@ -17,7 +17,7 @@ from limbeck import checkpoint
 from limbeck.data import BatchBuilder, Plan, cuts, stream
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
-from limbeck.models import Capture, Model
+from limbeck.models import Capture, Model, Recomputed
 from limbeck.objective import Objective, Rows
 from limbeck.optimizer import Step, make_optimizer
 from limbeck.progress import Progress, memory_bytes
@@ -26,7 +26,7 @@ from limbeck.ranks import ALONE, Elsewhere, Ranks
 from limbeck.recipe import Train
 from limbeck.run import Log
 from limbeck.teacher import Teacher
-from limbeck.types import Batch, Outputs, Signal
+from limbeck.types import Batch, Signal
 
 __all__ = ["Feed", "Recorder", "Trained", "fit", "learning_rate"]
 
@@ -129,7 +129,8 @@ def fit(
         ranks.barrier()
 
     requests = (plan.request(step).share(ranks.rank, ranks.size) for step in range(done.steps, plan.total_steps))
-    with torch.inference_mode(False), torch.enable_grad(), Capture(module, objective.student_needs.features) as capture, _fork(engine):
+    capture, again = Capture(module, objective.student_needs.features), Recomputed(module, settings.gradient_checkpointing)
+    with torch.inference_mode(False), torch.enable_grad(), capture, again, _fork(engine):
         module.train()
         objective.train()
         compute = _Compute(student, objective, capture, engine)
@@ -146,7 +147,7 @@ def fit(
             for parameter in parameters:
                 parameter.grad = None
             seen: list[_Seen] = []
-            parts = cuts(len(batch), settings.accumulate)
+            parts = cuts(len(batch), int(settings.accumulate))  # `auto` has been replaced
             for micro, (start, stop) in enumerate(parts):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
                 signal = teacher(part, objective.teacher_needs) if teacher is not None else None
@@ -235,7 +236,7 @@ class _Compute(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The share, each term's part of it, and the student's logits."""
         with self._engine.autocast():
-            outputs = Outputs(self._ask(part.student), self._capture.features)
+            outputs = self._capture.outputs(self._ask, part.student)
         share, values = self.objective(outputs, signal, part, progress=progress, counts=counts, rows=rows)
         return share, values, outputs.logits
 

@@ -1,0 +1,123 @@
+"""How much memory a process may still take, and how much a piece of work holds at most."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["available", "largest", "of_machine", "of_shared_memory"]
+
+
+def available(device: torch.device, processes: int = 1) -> int:
+    """Bytes that may still be taken on a device. processes: those of this run on this machine, which share a CPU's memory equally.
+
+    CUDA: what the driver has free, and what the allocator holds and does not use. CPU: :func:`of_machine`.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    return of_machine() // processes
+
+
+def of_machine(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """The least of what the kernel says is available (``MemAvailable``) and what every control group above this process (version 1 or 2) leaves:
+    its limit less its use, file pages that it can drop not counted. Without ``/proc``: all memory of the machine."""
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    left = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    try:
+        member = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        member = []
+    for _, controllers, path in member:
+        if not controllers:
+            root, names = groups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # in a container the path may be that of the host, and its own group the root of what it sees
+        own = Path(path.lstrip("/"))
+        left += [free for part in (own, *own.parents) if (free := _left_in(root / part, *names)) is not None]
+    return max(0, min(left)) if left else int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _left_in(group: Path, limit: str, used: str, file_pages: str) -> int | None:
+    """What one control group leaves; None where it has no limit."""
+    try:
+        most, now = (group / limit).read_text().strip(), int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if most == "max" else int(most) - now + int(stat.get(file_pages, "0"))
+
+
+def of_shared_memory(path: str = "/dev/shm") -> int | None:
+    """Bytes that are free where processes hand tensors to one another; None where the system has no such place."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+@contextmanager
+def largest(device: torch.device) -> Iterator[Callable[[], int]]:
+    """``peak()``: the most bytes of tensors that were held at one time of those that were made inside the block.
+
+    CUDA: by the allocator's own count. Elsewhere by looking at the result of every operation, in the forward and in the backward pass; what a kernel
+    takes for itself is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: max(0, torch.cuda.max_memory_allocated(device) - before)
+        return
+    with _Live() as live:
+        yield lambda: live.peak
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations make, until they are gone."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for given in tree_leaves((args, kwargs)):
+            self._see(given, 0)
+        made = func(*args, **kwargs)
+        for tensor in tree_leaves(made):
+            self._see(tensor, None)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _see(self, tensor: Any, size: int | None) -> None:
+        """size: 0 for what was there before."""
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._known:
+            size = storage.nbytes() if size is None else size
+            self._known[id(storage)] = weakref.ref(storage, partial(self._gone, id(storage), size))
+            self.now += size
+
+    def _gone(self, at: int, size: int, _: Any) -> None:
+        self._known.pop(at, None)
+        self.now -= size
