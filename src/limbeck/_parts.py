@@ -27,6 +27,7 @@ EVALUATION_BATCH = 256
 THROUGHPUT_BATCH = 64
 PARITY_SAMPLES = 32
 PROBE = 2
+FEW = 16
 
 
 class Parts:
@@ -124,10 +125,11 @@ class Parts:
         return Feed(plan, self.builder(self.labelled, training=True), beside.round, workers, pin_memory)
 
     def first_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
-        """One microbatch of the first step, as it is measured with."""
+        """One microbatch of the first step, as it is measured with; a few rows where their number is not known yet."""
         feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
         batch = feed.builder(feed.plan.request(0))
-        return batch.part(0, -(-len(batch) // int(recipe.train.accumulate)))
+        cut = recipe.train.accumulate
+        return batch.part(0, min(FEW, len(batch)) if cut == "auto" else -(-len(batch) // cut))
 
     def widest_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
         """One rank's share of the step of an epoch that takes the most memory: with texts, the one of the most tokens, padding included."""

@@ -417,7 +417,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
         alone = parts.feed(recipe, with_teacher=True)
         loader = _batches(alone.plan, alone.builder, parts.lengths(job.data.train)).seconds
     threads = _threads(device)
-    fill_row, working = _fill_row(begun, teacher, kept, threads) if isinstance(teacher, LiveTeacher) else (None, 0)
+    fill_row, working = _fill_row(begun, teacher, recipe, kept, threads) if isinstance(teacher, LiveTeacher) else (None, 0)
     split = job.data.train if with_teacher else parts.labelled
     times = _times(
         recipe,
@@ -594,7 +594,7 @@ def _train_teacher(begun: Beginning, data: Data, recipe: Recipe, progress: Progr
     return trained, recipe.train.epochs * len(parts.labelled) / few.rows * step
 
 
-def _fill_row(begun: Beginning, teacher: LiveTeacher, kept: bool, threads: int) -> tuple[float, int]:
+def _fill_row(begun: Beginning, teacher: LiveTeacher, recipe: Recipe, kept: bool, threads: int) -> tuple[float, int]:
     """Seconds a row of filling the cache, in the blocks in which that is done; and the bytes in which the teacher works as it will be asked."""
     parts, split = begun.parts, begun.parts.data.train
     needs = needs_of(parts.recipe.objective)[1] if begun.answers is None else begun.answers.needs
@@ -616,7 +616,7 @@ def _fill_row(begun: Beginning, teacher: LiveTeacher, kept: bool, threads: int) 
         rows, working = rows + len(chosen), max(working, used)
         seconds += overlapped(took, loading, workers=helpers, threads=threads, cores=_cores())
     if not kept:
-        batch = parts.first_batch(parts.recipe, with_teacher=True, ask=True)
+        batch = parts.first_batch(recipe, with_teacher=True, ask=True)
         _, working = _answering(teacher, teacher.engine.send(batch), needs)
     return seconds / rows, working
 

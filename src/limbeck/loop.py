@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import checkpoint
-from limbeck.data import BatchBuilder, Plan, cuts, stream
+from limbeck.data import BatchBuilder, Plan, Request, cuts, stream
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
 from limbeck.models import Capture, Model, Recomputed
@@ -118,7 +118,7 @@ def fit(
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
     touch = Step(optimizer)
     began = time.perf_counter() - done.seconds
-    rate = _Rate()
+    rate, wait = _Rate(), _Wait(feed.workers)
 
     def commit() -> None:
         watch.look()
@@ -135,7 +135,8 @@ def fit(
         objective.train()
         compute = _Compute(student, objective, capture, engine)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
-        for request, whole in stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory):
+        how: Any = {"workers": feed.workers, "pin_memory": feed.pin_memory, "ranks": ranks.local_size, "say": recorder.progress.say}
+        for request, whole in wait.over(stream(feed.builder, requests, **how)):
             selection = objective.select(whole)
             items, *counted = ranks.sum([len(whole) if request.counted else 0, *selection.counts.values()])
             counts = dict(zip(selection.counts, counted, strict=True))
@@ -180,6 +181,7 @@ def fit(
             if done.steps % settings.log_every == 0 or epoch_ends:
                 watch.look()
                 shown = {name: float(value) for name, value in terms.items()}
+                waited = wait.take()
                 recorder.log.write(
                     {
                         "role": recorder.role,
@@ -192,6 +194,7 @@ def fit(
                         "lr": lr,
                         "grad_norm": float(norm),
                         "items_per_second": rate.value or None,
+                        "wait": waited,
                         "memory_bytes": memory_bytes(engine.device),
                         "machine": recorder.progress.machine(),
                         "time": time.time(),
@@ -208,9 +211,14 @@ def fit(
                     values={"loss": float(loss), **shown},
                     left=left,
                 )
+                slow = wait.slow()
+                if slow:
+                    recorder.log.write({"role": recorder.role, "step": done.steps, "slow_loader": slow})
+                    recorder.progress.say(f"{recorder.role}: {slow}")
             if epoch_ends:
                 _close_epoch(epoch, epochs, state, done, settings, recorder)
                 rate.restart()
+                wait.restart()
             leaving = ranks.any(recorder.stop())
             if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
                 commit()
@@ -384,6 +392,64 @@ class _Rate:
     @property
     def seconds_per_step(self) -> float:
         return (time.perf_counter() - self._start) / self._steps if self._steps > 0 else 0.0
+
+
+SLOW = 0.2
+"""The share of the time that steps may wait for their batches before a person is told."""
+
+_WINDOW = (10, 5.0)  # steps and seconds over which it is judged
+
+
+class _Wait:
+    """How much of the time the steps of a role wait for their batches; validation, and each batch after a restart, are left out."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._told = workers, False
+        self._window = [0, 0.0, 0.0]  # steps, seconds that they waited, seconds in all
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps, self._waited, self._start = -1, 0.0, time.perf_counter()
+
+    def over(self, batches: Iterable[tuple[Request, Batch]]) -> Iterator[tuple[Request, Batch]]:
+        """The same batches; the time until each is there is counted."""
+        left = iter(batches)
+        while True:
+            began = time.perf_counter()
+            found = next(left, None)
+            if found is None:
+                return
+            self._steps += 1
+            if self._steps == 0:  # loaders and kernels are started
+                self._start = time.perf_counter()
+            else:
+                self._waited += time.perf_counter() - began
+            yield found
+
+    def take(self) -> float | None:
+        """The share since it was last taken, from 0 to 1; None before the second step."""
+        if self._steps < 1:
+            return None
+        seconds = max(1e-9, time.perf_counter() - self._start)
+        share = self._waited / seconds
+        self._window = [self._window[0] + self._steps, self._window[1] + self._waited, self._window[2] + seconds]
+        self._steps, self._waited, self._start = 0, 0.0, time.perf_counter()
+        return share
+
+    def slow(self) -> str:
+        """Once for a role, a sentence that names a slow loader; a window of steps at a time is judged."""
+        steps, waited, seconds = self._window
+        if steps < _WINDOW[0] or seconds < _WINDOW[1]:
+            return ""
+        self._window = [0, 0.0, 0.0]
+        if self._told or waited <= SLOW * seconds:
+            return ""
+        self._told = True
+        now = f"{self._workers} loader processes" if self._workers else "one background thread"
+        return (
+            f"{100 * waited / seconds:.0f} % of the last {steps:.0f} steps went by waiting for batches, which {now} made. Raise train.workers, make "
+            "the images on disk smaller, or put the data on a faster disk (docs/scaling.md, Loaders)."
+        )
 
 
 @contextmanager
