@@ -16,9 +16,35 @@ from limbeck.memory import largest
 from limbeck.models import Capture, Recomputed, save_model, which_blocks, wrap_module
 from limbeck.objective import Objective
 from limbeck.recipe import Term
+from running import limbeck, make_folder, read, recipe, run, weights
 from support import CLASSES, FEATURES, made, run_fit, settings, state_bytes, toy_data
 
 CPU = torch.device("cpu")
+
+STACKED = """
+
+class Part(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return x + self.drop(self.norm(self.conv(x)).relu())
+
+
+class Stacked(nn.Module):
+    def __init__(self, count, num_classes):
+        super().__init__()
+        self.first, self.body = nn.Conv2d(1, 4, 3, padding=1), nn.Sequential(*[Part(4) for _ in range(count)])
+        self.head, self.idle = nn.Linear(16, num_classes), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(nn.functional.adaptive_avg_pool2d(self.body(self.first(x)), 2).flatten(1))
+
+
+def stacked(num_classes=3, count=2):
+    return Stacked(count, num_classes)
+"""
 
 
 class Block(nn.Module):
@@ -195,3 +221,39 @@ def test_transformers_own_switch(tmp_path: Path) -> None:
     net = transformers.BertForSequenceClassification(config)
     assert which_blocks(net, True).switch
     assert "bert.encoder.layer.2" in which_blocks(net, True).names
+
+
+def test_a_run_is_the_same_and_its_files_do_not_know(tmp_path: Path) -> None:
+    """Student, baseline and a teacher that is trained first: the same bytes; what is exported is what was trained."""
+    folder = make_folder(tmp_path)
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + STACKED)
+    changes: dict[str, Any] = {
+        "student": {"model": "python:nets.py:stacked", "options": {"count": 2}},
+        "teacher": {"model": "python:nets.py:stacked", "options": {"count": 3}, "train": {"epochs": 1}},
+        "data": {"source": "npz:pictures.npz", "augment": {"flip": True}},
+    }
+    names = {"plain": False, "again": True, "named": ["body.*.drop", "head"]}
+    for name, setting in names.items():
+        export = ["onnx"] if name == "again" else []
+        path = recipe(folder, f"{name}.yaml", **changes, train={"gradient_checkpointing": setting, "epochs": 1}, export=export)
+        metrics = run("distill", path, out=tmp_path / name)
+        if export:
+            assert metrics["export"]["onnx"]["agreement"] == 1.0
+    found = read(tmp_path / "again/environment.json")["choices"]["gradient_checkpointing"]
+    assert found == {"value": ["body.0", "body.1"], "reason": "the blocks that the model repeats"}
+    assert "gradient_checkpointing" not in read(tmp_path / "plain/environment.json")["choices"]
+    for role in ("teacher", "student", "baseline"):
+        plain = weights(tmp_path / "plain" / role)
+        for name in ("again", "named"):
+            assert weights(tmp_path / name / role) == plain, (role, name)
+            assert read(tmp_path / name / role / "model.json") == read(tmp_path / "plain" / role / "model.json")
+
+
+def test_a_named_layer_that_is_never_called_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path)
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + STACKED)
+    path = recipe(folder, student={"model": "python:nets.py:stacked"}, train={"gradient_checkpointing": ["body.*", "idle"]})
+    assert limbeck("distill", path, "--out", tmp_path / "run") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "train.gradient_checkpointing: 'idle' is not called in the student's forward pass." in said
+    assert not (tmp_path / "run").exists()
