@@ -90,7 +90,7 @@ MUTANTS = (
     Mutant(
         "batch-statistics-are-cut", "_microbatch.py", "    if parts.batch_statistics:\n        why", "    if False:\n        why", MEMORY
     ),
-    Mutant("only-the-machines-memory", "memory.py", "return max(0, min(left)) if left", "return left[0] if left", MEMORY),
+    Mutant("ranks-each-take-all-memory", "memory.py", "return left // processes", "return left", MEMORY),
     Mutant(
         "shared-memory-without-measure",
         "data/loader.py",

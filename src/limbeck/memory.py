@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,62 +14,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["available", "largest", "of_machine", "of_shared_memory"]
+from limbeck import _machine
+
+__all__ = ["available", "largest"]
 
 
 def available(device: torch.device, processes: int = 1) -> int:
     """Bytes that may still be taken on a device. processes: those of this run on this machine, which share a CPU's memory equally.
 
-    CUDA: what the driver has free, and what the allocator holds and does not use. CPU: :func:`of_machine`.
+    CUDA: what the driver has free, and what the allocator holds and does not use. CPU: what the machine and the control groups leave; where
+    the system does not say, all memory of the machine.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return of_machine() // processes
-
-
-def of_machine(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """The least of what the kernel says is available (``MemAvailable``) and what every control group above this process (version 1 or 2) leaves:
-    its limit less its use, file pages that it can drop not counted. Without ``/proc``: all memory of the machine."""
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-    except OSError:
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    left = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    try:
-        member = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
-    except OSError:
-        member = []
-    for _, controllers, path in member:
-        if not controllers:
-            root, names = groups, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root, names = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # in a container the path may be that of the host, and its own group the root of what it sees
-        own = Path(path.lstrip("/"))
-        left += [free for part in (own, *own.parents) if (free := _left_in(root / part, *names)) is not None]
-    return max(0, min(left)) if left else int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _left_in(group: Path, limit: str, used: str, file_pages: str) -> int | None:
-    """What one control group leaves; None where it has no limit."""
-    try:
-        most, now = (group / limit).read_text().strip(), int((group / used).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if most == "max" else int(most) - now + int(stat.get(file_pages, "0"))
-
-
-def of_shared_memory(path: str = "/dev/shm") -> int | None:
-    """Bytes that are free where processes hand tensors to one another; None where the system has no such place."""
-    try:
-        found = os.statvfs(path)
-    except OSError:
-        return None
-    return found.f_bavail * found.f_frsize
+    found = _machine.memory()
+    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if found is None else found.left
+    return left // processes
 
 
 @contextmanager

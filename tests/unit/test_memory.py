@@ -15,11 +15,11 @@ import torch
 import limbeck._microbatch as microbatch
 import limbeck.data.loader as loader
 import limbeck.loop as loop
-from limbeck import memory
+from limbeck import _machine
 from limbeck.data import Request, stream
 from limbeck.data.sources import Tensors
 from limbeck.errors import Stopped
-from limbeck.memory import largest, of_machine
+from limbeck.memory import available, largest
 from limbeck.progress import Progress
 from limbeck.types import Batch
 from running import limbeck, lines, make_folder, read, recipe, run, weights
@@ -29,38 +29,24 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def system(folder: Path, member: str, files: dict[str, str], available_kib: int = 8 * 2**20) -> int:
-    """What a machine with these files says."""
-    texts = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable:   {available_kib} kB\n", "proc/self/cgroup": member, **files}
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return of_machine(folder / "proc", folder / "cgroup")
-
-
-def group(where: str, most: str, used: int, cached: int = 0, version: int = 2) -> dict[str, str]:
-    names = ("memory.max", "memory.current", "inactive_file")
-    if version == 1:
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    return {
-        f"cgroup/{where}/{names[0]}": most,
-        f"cgroup/{where}/{names[1]}": f"{used}\n",
-        f"cgroup/{where}/memory.stat": f"{names[2]} {cached}\n",
+def test_what_is_left_is_that_of_the_control_group_and_shared_by_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n",
+        "proc/self/cgroup": "0::/job/step\n",
+        "sys/fs/cgroup/job/memory.max": f"{3 * GIB}\n",
+        "sys/fs/cgroup/job/memory.current": f"{2 * GIB}\n",
+        "sys/fs/cgroup/job/memory.stat": f"anon 1\ninactive_file {GIB // 2}\n",
+        "sys/fs/cgroup/job/step/memory.max": "max\n",
     }
-
-
-def test_the_smallest_limit_counts(tmp_path: Path) -> None:
-    assert system(tmp_path / "none", "0::/\n", {}) == 8 * GIB
-    two = group("job/step", "max\n", GIB) | group("job", f"{3 * GIB}\n", 2 * GIB, GIB // 2) | group(".", f"{9 * GIB}\n", GIB)
-    assert system(tmp_path / "v2", "0::/job/step\n", two) == 3 * GIB // 2
-    one = group("memory/job", str(2 * GIB), GIB, 0, 1)
-    assert system(tmp_path / "v1", "5:cpu:/job\n4:memory:/job\n0::/\n", one) == GIB
-    inside = group(
-        "memory", str(2 * GIB), GIB // 2, 0, 1
-    )  # a container that sees its own group as the root, and its path as the host has it
-    assert system(tmp_path / "container", "4:memory:/docker/0123\n", inside) == 3 * GIB // 2
-    assert system(tmp_path / "over", "0::/job\n", group("job", str(GIB), 2 * GIB)) == 0
-    assert system(tmp_path / "unlimited", "4:memory:/job\n", group("memory/job", str(2**63 - 4096), GIB, 0, 1)) == 8 * GIB
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    real = _machine.memory
+    monkeypatch.setattr(_machine, "memory", lambda: real(tmp_path))
+    assert available(CPU) == 3 * GIB // 2
+    assert available(CPU, 3) == GIB // 2
+    (tmp_path / "sys/fs/cgroup/job/memory.max").write_text("max")
+    assert available(CPU) == 8 * GIB
 
 
 def test_the_most_that_was_held_at_one_time() -> None:
@@ -229,7 +215,7 @@ def test_shared_memory_that_is_too_small_is_noticed(monkeypatch: pytest.MonkeyPa
     told: list[str] = []
     used: list[int] = []
     full = os.statvfs_result((512, 512, free // 512, free // 512, free // 512, 0, 0, 0, 0, 255))
-    monkeypatch.setattr(memory.os, "statvfs", lambda path: full if path == "/dev/shm" else pytest.fail(path))
+    monkeypatch.setattr(_machine.os, "statvfs", lambda path: full if str(path) == "/dev/shm" else pytest.fail(str(path)))
     plain = loader._processes
     monkeypatch.setattr(loader, "_processes", lambda b, r, n, p: used.append(n) or loader._local(b, r, p))
     found = list(stream(Built(), requests(), workers=3, say=told.append))
@@ -242,7 +228,7 @@ def test_shared_memory_that_is_too_small_is_noticed(monkeypatch: pytest.MonkeyPa
 
 def test_ranks_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(loader, "of_shared_memory", lambda: 10 * 33_000)
+    monkeypatch.setattr(loader, "shared_memory", lambda: (10**9, 10 * 33_000))
     monkeypatch.setattr(loader, "_processes", lambda b, r, n, p: loader._local(b, r, p))
     list(stream(Built(), requests(), workers=4, say=told.append))
     assert told == []

@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from limbeck._machine import shared_memory
 from limbeck.data.batches import Request
 from limbeck.data.splits import Split
 from limbeck.errors import LimbeckError, Problem, UsageError
-from limbeck.memory import of_shared_memory
 from limbeck.recipe import Augment
 from limbeck.types import Batch
 
@@ -72,12 +72,12 @@ def stream(
 
 def _fitting(builder: Build, request: Request, workers: int, ranks: int, say: Callable[[str], None]) -> int:
     """How many processes the shared memory holds the batches of; a process that finds it full is killed by the kernel (SIGBUS)."""
-    free = of_shared_memory()
-    if free is None:
+    found = shared_memory()
+    if found is None:
         return workers
     few = replace(request, rows=request.rows[:2])
     size = _shared_bytes(builder(few)) * -(-len(request.rows) // len(few.rows))
-    fitting, sentence = shared_memory_for(workers, size, free // ranks)
+    fitting, sentence = shared_memory_for(workers, size, found[1] // ranks)
     if sentence:
         say(sentence)
     return fitting
@@ -277,8 +277,8 @@ def choose_workers(setting: int | Literal["auto"], split: Split, augment: Augmen
     if script is not None:
         return 0, f"{script} {guard}"
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = of_shared_memory()
-    if free is not None and free < 512 << 20:
-        return 0, f"/dev/shm has only {free >> 20} MiB free for batches of worker processes (docker: --shm-size=8g)"
+    there = shared_memory()
+    if there is not None and there[1] < 512 << 20:
+        return 0, f"/dev/shm has only {there[1] >> 20} MiB free for batches of worker processes (docker: --shm-size=8g)"
     shared = f" for {ranks} ranks" if ranks > 1 else ""
     return min(8, max(1, cpus // ranks - 1)), f"samples are decoded when they are read, and there are {cpus} CPUs{shared}"
