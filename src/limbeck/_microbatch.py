@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck._choices import snapshot, student_choice
 from limbeck._parts import Parts
@@ -115,10 +116,10 @@ def settled(
     if engine is None:
         engine = Engine(device, "float32" if settings.precision == "auto" else settings.precision, settings.layout or "channels_first")
     batch = parts.widest_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
-    rows, before = len(batch), snapshot(model.module)
+    rows = len(batch)
     began = time.perf_counter()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _put_back(model.module):
             work = _Work(model, teacher, objective, engine, settings, recipe.seed, batch)
             free = available(device, parts.ranks.local_size)
             held = work.held(copies, several=parts.ranks.size > 1)
@@ -129,10 +130,7 @@ def settled(
             while chosen is not None and work.peak(_most(rows, chosen)) > most:
                 chosen = next((n for n in range(chosen + 1, rows // 2 + 1) if _most(rows, n) <= 0.9 * _most(rows, chosen)), None)
     finally:
-        model.module.zero_grad(set_to_none=True)
         objective.zero_grad(set_to_none=True)
-        Engine(torch.device("cpu")).place(model.module)
-        model.module.load_state_dict(before)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     record: dict[str, Any] = {
@@ -154,6 +152,25 @@ def settled(
     if chosen > 1:
         progress.say(f"train.accumulate: auto takes {chosen} microbatches of at most {_most(rows, chosen)} rows: {record['reason']}.")
     return chosen, record
+
+
+@contextmanager
+def _put_back(module: nn.Module) -> Iterator[None]:
+    """Afterwards every tensor is where it was, in its own number format, with its values; and every layer in its mode."""
+    values, modes = snapshot(module), [(m, m.training) for m in module.modules()]
+    parameters = [(p, p.data) for p in module.parameters()]
+    buffers = [(m, dict(m._buffers)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        module.zero_grad(set_to_none=True)
+        for p, data in parameters:
+            p.data = data
+        for m, held in buffers:
+            m._buffers.update(held)
+        module.load_state_dict(values)
+        for m, training in modes:
+            m.training = training
 
 
 def _judge(record: dict[str, Any], model: Model, objective: Objective, parts: Parts) -> None:

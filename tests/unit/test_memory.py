@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import limbeck._microbatch as microbatch
 import limbeck.data.loader as loader
@@ -18,6 +19,7 @@ import limbeck.loop as loop
 from limbeck import _machine
 from limbeck.data import Request, stream
 from limbeck.data.sources import Tensors
+from limbeck.engine import Engine
 from limbeck.errors import Stopped
 from limbeck.memory import available, largest
 from limbeck.progress import Progress
@@ -138,6 +140,23 @@ def test_a_small_limit_cuts_the_step_and_changes_no_weight(there: Path, tmp_path
     run("distill", there / "again.yaml", out=tmp_path / "again")
     assert weights(tmp_path / "again/student") == weights(tmp_path / "cut/student")
     assert limbeck("distill", path, "--out", tmp_path / "cut", "--resume") == 0
+
+
+def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, number format, mode and buffers, of a model that is in float64 and is measured in float32."""
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double().eval()
+    with torch.no_grad():
+        net[0].weight += 1e-12
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with microbatch._put_back(net):
+        Engine(CPU).place(net)
+        net.train()(torch.randn(5, 6))
+        assert net[0].weight.dtype == torch.float32
+        assert int(net[1].num_batches_tracked) == 1
+    assert not any(m.training for m in net.modules())
+    for name, value in net.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name]), name
 
 
 def test_the_prediction_is_what_a_step_holds(there: Path, tmp_path: Path) -> None:
