@@ -57,6 +57,8 @@ CHECKPOINT = ("unit/test_checkpoint.py",)
 CRASHED = ("faults/test_faults.py::test_r4_a_crash_after_every_event_of_a_checkpoint",)
 
 RUN = ("unit/test_run.py",)
+RECOMPUTE = ("unit/test_recompute.py",)
+MEMORY = ("unit/test_memory.py",)
 LOAD = ("unit/test_data_load.py",)
 
 MUTANTS = (
@@ -68,6 +70,35 @@ MUTANTS = (
         "archives-unfold-without-measure", "data/arrays.py", "if member.file_size > may_unfold_to(member.compress_size):", "if False:", LOAD
     ),
     Mutant("skipped-samples-are-not-listed", "data/splits.py", "for row in part.skipped)", "for row in part.skipped if False)", LOAD),
+    # --- memory and loaders
+    Mutant(
+        "batch-statistics-move-twice",
+        "models/_recompute.py",
+        "use_reentrant=False, context_fn=lambda: (nullcontext(), _Swapped(before)))",
+        "use_reentrant=False)",
+        RECOMPUTE,
+    ),
+    Mutant(
+        "other-dropout-the-second-time",
+        "models/_recompute.py",
+        "return checkpoint(called, *leaves, use_reentrant=False)\n",
+        "return checkpoint(called, *leaves, use_reentrant=False, preserve_rng_state=False)\n",
+        RECOMPUTE,
+    ),
+    Mutant("features-of-the-second-pass", "models/_capture.py", "if not self._listening:", "if False:", RECOMPUTE),
+    Mutant("a-block-stays-patched", "models/_recompute.py", "vars(m).pop(key, None)", "pass", RECOMPUTE),
+    Mutant(
+        "batch-statistics-are-cut", "_microbatch.py", "    if parts.batch_statistics:\n        why", "    if False:\n        why", MEMORY
+    ),
+    Mutant("ranks-each-take-all-memory", "memory.py", "return left // processes", "return left", MEMORY),
+    Mutant(
+        "shared-memory-without-measure",
+        "data/loader.py",
+        "fitting = min(workers, max(0, (free",
+        "fitting = max(workers, max(0, (free",
+        MEMORY,
+    ),
+    Mutant("nobody-waits", "loop.py", "self._waited += time.perf_counter() - began", "self._waited += 0.0", MEMORY),
     # --- losses
     Mutant("no-temperature-squared", "losses/logits.py", "return temperature**2 * divergence", "return divergence", LOSSES),
     Mutant(

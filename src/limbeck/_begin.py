@@ -28,7 +28,7 @@ from limbeck.cache import TableTeacher
 from limbeck.data import Data, load_data
 from limbeck.engine import check_precision, choose_device
 from limbeck.errors import Problem, UsageError
-from limbeck.models import Model, build_model, class_map, sources, validate_paths
+from limbeck.models import Model, build_model, class_map, sources, validate_paths, which_blocks
 from limbeck.objective import Objective, needs_of
 from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
@@ -180,7 +180,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             begun.model, begun.columns, begun.to_train = teacher_of(job, job.build_teacher)
             begun.known = known_of(begun.model)
         parts.teacher = begun.known.preprocessing
-    _check_models(recipe, student, begun.model)
+    _check_models(recipe, student, begun.model, to_train=begun.to_train)
     parts.probe(student, begun.model)
     if begun.model is not None and begun.answers is not None and not begun.to_train:
         keep(begun, told)
@@ -324,7 +324,7 @@ def teacher_of(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndar
     return build(True), None, True
 
 
-def _check_models(recipe: Recipe, student: Model, teacher: Model | None) -> None:
+def _check_models(recipe: Recipe, student: Model, teacher: Model | None, *, to_train: bool) -> None:
     """What a recipe asks of the models is there, before anything is computed: every layer that a term names, batches that norms can take."""
     of_student, of_teacher = needs_of(recipe.objective)
     problems: list[Problem] = []
@@ -333,6 +333,13 @@ def _check_models(recipe: Recipe, student: Model, teacher: Model | None) -> None
             continue
         try:
             validate_paths(model.module, needs.features, f"objective ({side} layer)")
+        except UsageError as e:
+            problems += e.problems
+    again = recipe.train.gradient_checkpointing
+    for model, setting in ((student, again), (teacher if to_train else None, again is True)):  # names are those of the student's layers
+        try:
+            if model is not None:
+                which_blocks(model.module, setting)
         except UsageError as e:
             problems += e.problems
     if has_batch_statistics(student) and recipe.train.batch_size == 1:

@@ -9,24 +9,25 @@ import torch
 from torch import Tensor
 
 from limbeck.engine import Engine, Work, candidates, measure
-from limbeck.models import Capture, Model
+from limbeck.models import Capture, Model, Recomputed
 from limbeck.objective import Objective
 from limbeck.randomness import seed_for
 from limbeck.recipe import Recipe, Train
-from limbeck.types import Batch, Outputs, Signal
+from limbeck.types import Batch, Signal
 
 __all__ = ["explicit", "resolved", "snapshot", "student_choice", "teacher_choice"]
 
 Choice = tuple[Engine, dict[str, Any]]
 
 
-def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int, *, several: bool = False) -> Recipe:
+def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int, accumulate: int, *, several: bool = False) -> Recipe:
     """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run.
 
     several: on several ranks, each of which has a device of its own: its kind is recorded, and not the main rank's number."""
     student = engines["student"]
     device = student.device.type if several else str(student.device)
-    train = recipe.train.model_copy(update={"precision": student.precision, "layout": student.layout, "workers": workers, "device": device})
+    chosen = {"precision": student.precision, "layout": student.layout, "workers": workers, "device": device, "accumulate": accumulate}
+    train = recipe.train.model_copy(update=chosen)
     teacher = recipe.teacher
     if teacher is not None and "teacher" in engines:
         teacher = teacher.model_copy(update={"precision": engines["teacher"].precision, "layout": engines["teacher"].layout})
@@ -82,10 +83,10 @@ def student_choice(
 
         def step() -> None:
             module.zero_grad(set_to_none=True)
-            with Capture(module, objective.student_needs.features) as capture:
+            with Capture(module, objective.student_needs.features) as capture, Recomputed(module, settings.gradient_checkpointing):
                 engine.seed(seed_for(seed, "dropout", 0, 0, 0))
                 with engine.autocast():
-                    outputs = Outputs(student(sent.student), capture.features)
+                    outputs = capture.outputs(student, sent.student)
                 loss, _ = objective(outputs, teacher, sent, progress=0.0, counts=counts)
                 loss.backward()
 

@@ -146,6 +146,7 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
             **({"layout": recorded.train.layout} if recipe.train.layout is None else {}),
             **({"workers": recorded.train.workers} if recipe.train.workers == "auto" else {}),
             **({"device": recorded.train.device} if recipe.train.device == "auto" else {}),
+            **({"accumulate": recorded.train.accumulate} if recipe.train.accumulate == "auto" else {}),
         }
     )
     teacher = recipe.teacher

@@ -14,7 +14,7 @@ from limbeck.engine import Engine
 from limbeck.errors import Problem, UsageError
 from limbeck.evaluate import metrics, predict
 from limbeck.loop import Feed
-from limbeck.models import Model, probe_shapes
+from limbeck.models import Model, called_layers, probe_shapes, which_blocks
 from limbeck.objective import Objective, needs_of
 from limbeck.randomness import order
 from limbeck.ranks import ALONE, Ranks
@@ -27,6 +27,7 @@ EVALUATION_BATCH = 256
 THROUGHPUT_BATCH = 64
 PARITY_SAMPLES = 32
 PROBE = 2
+FEW = 16
 
 
 class Parts:
@@ -124,13 +125,34 @@ class Parts:
         return Feed(plan, self.builder(self.labelled, training=True), beside.round, workers, pin_memory)
 
     def first_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
-        """One microbatch of the first step, as it is measured with."""
+        """One microbatch of the first step, as it is measured with; a few rows where their number is not known yet."""
         feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
         batch = feed.builder(feed.plan.request(0))
-        return batch.part(0, -(-len(batch) // recipe.train.accumulate))
+        cut = recipe.train.accumulate
+        return batch.part(0, min(FEW, len(batch)) if cut == "auto" else -(-len(batch) // cut))
+
+    def widest_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
+        """One rank's share of the step of an epoch that takes the most memory: with texts, the one of the most tokens, padding included."""
+        feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
+        requests = (
+            [feed.plan.request(step) for step in range(feed.plan.steps_per_epoch)]
+            if self.student.kind == "text"
+            else [feed.plan.request(0)]
+        )
+        lengths = self.lengths(self.data.train if with_teacher else self.labelled)
+        if lengths is not None:
+            requests.sort(key=lambda request: len(request.rows) * int(lengths[request.rows].max()))
+        size = self.ranks.size
+        shares = [requests[-1].share(rank, size) for rank in range(size)]
+        # the rows of a step are sorted by length: the last share has the longest ones
+        return feed.builder([share for share in shares if share.counted][-1])
 
     def probe(self, student: Model, teacher: Model | None) -> None:
-        """Find the shapes of the features that the objective asks for; once, before anything is placed or trained."""
+        """Find the shapes of the features that the objective asks for; once, before anything is placed or trained.
+
+        Layers that are named, and never called, are refused.
+        """
+        self._probe_blocks(student)
         of_student, of_teacher = needs_of(self.recipe.objective)
         if not of_student.features and not of_teacher.features:
             return
@@ -148,6 +170,18 @@ class Parts:
                 raise UsageError(
                     Problem("objective", message, "Choose layers that give one row a sample, (B, D), or models that share a tokenizer.")
                 )
+
+    def _probe_blocks(self, student: Model) -> None:
+        """Blocks that are named to be computed again are computed at all."""
+        if isinstance(self.recipe.train.gradient_checkpointing, bool):
+            return
+        split = self.data.train.take(np.arange(min(PROBE, len(self.data.train))))
+        [request] = evaluation_requests(split, PROBE)
+        called = called_layers(student, _as(student, self.builder(split)(request).student))
+        silent = [name for name in which_blocks(student.module, self.recipe.train.gradient_checkpointing).names if name not in called]
+        if silent:
+            text = "is not called in the student's forward pass."
+            raise UsageError([Problem("train.gradient_checkpointing", f"'{name}' {text}", "Leave it out.") for name in silent])
 
     def objective(self, seed: int) -> Objective:
         """The recipe's objective; projections are sized by :meth:`probe` and drawn from (seed, role)."""

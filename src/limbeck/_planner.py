@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck._asking import block_rows, engine_of_teacher
-from limbeck._choices import student_choice
+from limbeck._microbatch import copies_of, how_to_train, with_accumulate
 from limbeck._parts import Parts
 from limbeck._teaching import Answers, Identity, Known, directories_of
 from limbeck.cache import TableTeacher, missing, read_manifest, row_bytes
@@ -31,6 +31,7 @@ from limbeck.data import BatchBuilder, Data, Plan, choose_workers
 from limbeck.data import Request as BatchRequest
 from limbeck.engine import Engine
 from limbeck.loop import Feed, Recorder, fit
+from limbeck.memory import largest
 from limbeck.models import Model
 from limbeck.objective import Objective, needs_of
 from limbeck.optimizer import make_optimizer
@@ -228,7 +229,8 @@ def _train(
     held["optimizer"] = sum(_bytes(v) for state in states for v in state.values())
     del states
     began = _now(engine.device)
-    with _saved(engine.device, [model.module, objective], held) as saved:
+    kept = _saved if not settings.gradient_checkpointing else _held  # blocks that are computed again keep theirs where no hook sees it
+    with kept(engine.device, [model.module, objective], held) as saved:
         steps([widest], look)
     first = _now(engine.device) - began
 
@@ -310,6 +312,15 @@ def _saved(device: torch.device, modules: list[nn.Module], held: Mapping[str, in
         yield found
 
 
+@contextmanager
+def _held(device: torch.device, _: list[nn.Module], held: Mapping[str, int]) -> Iterator[list[int]]:
+    """The same by everything that is alive, temporary tensors of the backward pass included."""
+    found = [0]
+    with largest(device) as peak:
+        yield found
+        found[0] = max(0, peak() - sum(held.values()))
+
+
 def _answering(teacher: LiveTeacher, batch: Batch, needs: Needs) -> tuple[float, int]:
     """Seconds that a loaded teacher takes for a batch, and the bytes that it works in beside its weights.
 
@@ -387,14 +398,17 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
     feed = parts.feed(recipe, with_teacher=with_teacher, ask=isinstance(teacher, LiveTeacher))
     few = _batches(feed.plan, feed.builder, parts.lengths(job.data.train if with_teacher else parts.labelled))
     objective = parts.objective(recipe.seed)
-    engine, choices["student"] = _student_choice(begun, teacher, objective, recipe)
+    engine, accumulate, choices["student"], cut = _student_choice(begun, teacher, objective, recipe, progress)
+    if cut is not None:
+        choices["accumulate"] = cut
+    recipe = with_accumulate(recipe, accumulate)
     workers, why = choose_workers(recipe.train.workers, job.data.train, parts.augment)
     choices["workers"] = {"value": workers, "reason": why}
     if with_teacher and begun.table is None:
         choices["teacher_cache"] = {"kept": kept, "reason": begun.cached[1]}
 
     trained = _train(begun.student, teacher, objective, few.batches, few.widest, engine, recipe, varied=few.varied)
-    own = _train_teacher(begun, job.data, recipe) if begun.to_train and begun.model is not None else None
+    own = _train_teacher(begun, job.data, recipe, progress) if begun.to_train and begun.model is not None else None
     cache = _cache(begun, recipe, kept, complete)
 
     # The loader of a step without the teacher's inputs, where they are of another kind.
@@ -403,7 +417,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
         alone = parts.feed(recipe, with_teacher=True)
         loader = _batches(alone.plan, alone.builder, parts.lengths(job.data.train)).seconds
     threads = _threads(device)
-    fill_row, working = _fill_row(begun, teacher, kept, threads) if isinstance(teacher, LiveTeacher) else (None, 0)
+    fill_row, working = _fill_row(begun, teacher, recipe, kept, threads) if isinstance(teacher, LiveTeacher) else (None, 0)
     split = job.data.train if with_teacher else parts.labelled
     times = _times(
         recipe,
@@ -548,37 +562,39 @@ def _teacher_of(begun: Beginning, recipe: Recipe, complete: bool) -> tuple[Teach
     return teacher, {"teacher": {"precision": engine.precision, "layout": engine.layout, **record}}
 
 
-def _student_choice(begun: Beginning, teacher: Teacher | None, objective: Objective, recipe: Recipe) -> tuple[Engine, dict[str, Any]]:
+def _student_choice(
+    begun: Beginning, teacher: Teacher | None, objective: Objective, recipe: Recipe, progress: Progress
+) -> tuple[Engine, int, dict[str, Any], dict[str, Any] | None]:
     student = replace(begun.student, module=copy.deepcopy(begun.student.module))
-    batch = begun.parts.first_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
-    signal = None
-    if teacher is not None and recipe.train.precision == "auto":
-        signal = teacher(Engine(begun.device).send(batch), objective.teacher_needs)
-    engine, why = student_choice(student, signal, objective, batch, begun.device, recipe.train, recipe.seed)
-    return engine, {"precision": engine.precision, "layout": engine.layout, **why}
+    ask, copies = isinstance(teacher, LiveTeacher), copies_of(recipe, begun.device)
+    engine, accumulate, why, cut = how_to_train(
+        recipe, student, teacher, objective, begun.parts, begun.device, progress, copies=copies, ask=ask
+    )
+    return engine, accumulate, {"precision": engine.precision, "layout": engine.layout, **why}, cut
 
 
-def _train_teacher(begun: Beginning, data: Data, recipe: Recipe) -> tuple[_Training, float]:
+def _train_teacher(begun: Beginning, data: Data, recipe: Recipe, progress: Progress) -> tuple[_Training, float]:
     """One step of the teacher's own training, and the seconds of all of it."""
     assert begun.model is not None
     assert recipe.teacher is not None
     assert recipe.teacher.train is not None
     given = recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
+    given["gradient_checkpointing"] = recipe.train.gradient_checkpointing is True
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=given)})
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in begun.model.module.modules())
     parts = Parts(recipe, data, begun.model.preprocessing, None, batch_statistics=norms)
     feed, objective = parts.feed(recipe, with_teacher=False), parts.baseline_objective()
     few = _batches(feed.plan, feed.builder, parts.lengths(parts.labelled))
     model = replace(begun.model, module=copy.deepcopy(begun.model.module))
-    first = parts.first_batch(recipe, with_teacher=False)
-    engine, _ = student_choice(model, None, objective, first, begun.device, recipe.train, recipe.seed)
+    engine, accumulate, _, _ = how_to_train(recipe, model, None, objective, parts, begun.device, progress, copies=0)
+    recipe = with_accumulate(recipe, accumulate)
     trained = _train(model, None, objective, few.batches, few.widest, engine, recipe, varied=few.varied)
     workers, _ = choose_workers(recipe.train.workers, data.train, parts.augment)
     step = overlapped(trained.seconds, few.seconds, workers=workers, threads=_threads(begun.device), cores=_cores())
     return trained, recipe.train.epochs * len(parts.labelled) / few.rows * step
 
 
-def _fill_row(begun: Beginning, teacher: LiveTeacher, kept: bool, threads: int) -> tuple[float, int]:
+def _fill_row(begun: Beginning, teacher: LiveTeacher, recipe: Recipe, kept: bool, threads: int) -> tuple[float, int]:
     """Seconds a row of filling the cache, in the blocks in which that is done; and the bytes in which the teacher works as it will be asked."""
     parts, split = begun.parts, begun.parts.data.train
     needs = needs_of(parts.recipe.objective)[1] if begun.answers is None else begun.answers.needs
@@ -600,7 +616,7 @@ def _fill_row(begun: Beginning, teacher: LiveTeacher, kept: bool, threads: int) 
         rows, working = rows + len(chosen), max(working, used)
         seconds += overlapped(took, loading, workers=helpers, threads=threads, cores=_cores())
     if not kept:
-        batch = parts.first_batch(parts.recipe, with_teacher=True, ask=True)
+        batch = parts.first_batch(recipe, with_teacher=True, ask=True)
         _, working = _answering(teacher, teacher.engine.send(batch), needs)
     return seconds / rows, working
 
@@ -793,6 +809,8 @@ def _choice_lines(choices: dict[str, Any]) -> list[str]:
         for row in found["measured"]:
             what = "cannot be used here" if row["ms"] is None else f"{row['ms']:8,.1f} ms, agreement {row['cosine']:.4f}"
             lines.append(f"             {row['precision']:8} {row['layout']:14} {what}")
+    if "accumulate" in choices:
+        lines.append(f"  cut      into {choices['accumulate']['value']} a step: {choices['accumulate']['reason']}")
     lines.append(f"  workers  {choices['workers']['value']}: {choices['workers']['reason']}")
     if "teacher_cache" in choices:
         found = choices["teacher_cache"]

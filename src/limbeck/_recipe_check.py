@@ -71,7 +71,7 @@ def in_words(schema: Schema, root: Schema) -> str:
         return "one of " + ", ".join(str(v) for v in schema["enum"])
     kind = schema.get("type")
     if kind in ("integer", "number"):
-        return ("a whole number" if kind == "integer" else "a number") + _range(schema)
+        return str(schema["expected"]) if "expected" in schema else ("a whole number" if kind == "integer" else "a number") + _range(schema)
     if kind == "array":
         if "prefixItems" in schema:
             return f"a list of {len(schema['prefixItems'])}: " + ", ".join(in_words(s, root) for s in schema["prefixItems"])
@@ -262,11 +262,16 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
     if value("train.optimizer") == "sgd" and value("train.momentum") == 0 and look(data, "train.nesterov") is True:
         yield Problem("train.nesterov", "needs a momentum, and train.momentum is 0.")
     accumulate, batch = value("train.accumulate"), value("train.batch_size")
+    if look(data, "train.batch_size") == "auto" and look(data, "train.accumulate") not in (MISSING, None, "auto"):
+        text = "is auto, which looks for the number of microbatches that train.accumulate gives already."
+        yield Problem("train.batch_size", text, "Leave train.accumulate out, or give train.batch_size as a number.")
     if _number(accumulate) and _number(batch) and accumulate > batch > 0:
         yield Problem("train.accumulate", f"got {accumulate}, more microbatches than train.batch_size ({batch}) has samples.")
     if value("teacher_cache.mode") == "require" and value("teacher_cache.views") == "live":
         yield Problem("teacher_cache.mode", "is require, but teacher_cache.views is live, which asks the teacher in every step.")
     device, precision = value("train.device"), value("train.precision")
+    if "auto" in (accumulate, batch) and device == "mps":
+        yield Problem("train.accumulate", "auto is for the devices cpu and cuda, and train.device is mps.", "Give a number.")
     if not isinstance(device, str):
         return
     for key, name in (("train.precision", precision), ("teacher.precision", value("teacher.precision"))):

@@ -13,8 +13,9 @@ import torch
 
 from limbeck import checkpoint
 from limbeck._begin import Job, has_batch_statistics
-from limbeck._choices import snapshot, student_choice
+from limbeck._choices import snapshot
 from limbeck._folder import Stop, make
+from limbeck._microbatch import how_to_train, with_accumulate
 from limbeck._parts import Parts
 from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import choose_workers
@@ -174,7 +175,9 @@ def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Prog
     assert job.recipe.teacher is not None
     assert job.recipe.teacher.train is not None
     given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
-    recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={**given, "ema": None, "select": "last"})})
+    # names of blocks are those of the student
+    given |= {"ema": None, "select": "last", "gradient_checkpointing": job.recipe.train.gradient_checkpointing is True}
+    recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update=given)})
     progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
     ranks = job.ranks
     own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=has_batch_statistics(teacher), ranks=ranks)
@@ -183,14 +186,16 @@ def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Prog
 
     def choice() -> tuple[Engine, dict[str, Any]]:
         if choice_file.is_file():
-            return Engine(device, **read_json(choice_file)), {}
-        batch = own.first_batch(recipe, with_teacher=False)
-        engine, _ = student_choice(teacher, None, objective, batch, device, recipe.train, recipe.seed)
+            found = read_json(choice_file)
+            return Engine(device, found["precision"], found["layout"]), {"accumulate": found.get("accumulate", recipe.train.accumulate)}
+        engine, accumulate, _, _ = how_to_train(recipe, teacher, None, objective, own, device, progress, copies=0)
         make(choice_file.parent)
-        write_json(choice_file, {"precision": engine.precision, "layout": engine.layout})
-        return engine, {}
+        found = {"precision": engine.precision, "layout": engine.layout, "accumulate": accumulate}
+        write_json(choice_file, found)
+        return engine, found
 
-    engine, _ = engine_from_main(ranks, choice, device)
+    engine, found = engine_from_main(ranks, choice, device)
+    recipe = with_accumulate(recipe, found["accumulate"])
     workers, _ = ranks.from_main(lambda: choose_workers(recipe.train.workers, job.data.train, own.augment, ranks.local_size))
     log = Log(job.out) if ranks.main else NoLog()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import checkpoint
-from limbeck.data import BatchBuilder, Plan, cuts, stream
+from limbeck.data import BatchBuilder, Plan, Request, cuts, stream
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
-from limbeck.models import Capture, Model
+from limbeck.models import Capture, Model, Recomputed
 from limbeck.objective import Objective, Rows
 from limbeck.optimizer import Step, make_optimizer
 from limbeck.progress import Progress, memory_bytes
@@ -26,7 +26,7 @@ from limbeck.ranks import ALONE, Elsewhere, Ranks
 from limbeck.recipe import Train
 from limbeck.run import Log
 from limbeck.teacher import Teacher
-from limbeck.types import Batch, Outputs, Signal
+from limbeck.types import Batch, Signal
 
 __all__ = ["Feed", "Recorder", "Trained", "fit", "learning_rate"]
 
@@ -118,7 +118,7 @@ def fit(
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
     touch = Step(optimizer)
     began = time.perf_counter() - done.seconds
-    rate = _Rate()
+    rate, wait = _Rate(), _Wait(feed.workers)
 
     def commit() -> None:
         watch.look()
@@ -129,12 +129,14 @@ def fit(
         ranks.barrier()
 
     requests = (plan.request(step).share(ranks.rank, ranks.size) for step in range(done.steps, plan.total_steps))
-    with torch.inference_mode(False), torch.enable_grad(), Capture(module, objective.student_needs.features) as capture, _fork(engine):
+    capture, again = Capture(module, objective.student_needs.features), Recomputed(module, settings.gradient_checkpointing)
+    with torch.inference_mode(False), torch.enable_grad(), capture, again, _fork(engine):
         module.train()
         objective.train()
         compute = _Compute(student, objective, capture, engine)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
-        for request, whole in stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory):
+        how: Any = {"workers": feed.workers, "pin_memory": feed.pin_memory, "ranks": ranks.local_size, "say": recorder.progress.say}
+        for request, whole in wait.over(stream(feed.builder, requests, **how)):
             selection = objective.select(whole)
             items, *counted = ranks.sum([len(whole) if request.counted else 0, *selection.counts.values()])
             counts = dict(zip(selection.counts, counted, strict=True))
@@ -146,7 +148,7 @@ def fit(
             for parameter in parameters:
                 parameter.grad = None
             seen: list[_Seen] = []
-            parts = cuts(len(batch), settings.accumulate)
+            parts = cuts(len(batch), int(settings.accumulate))  # `auto` has been replaced
             for micro, (start, stop) in enumerate(parts):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
                 signal = teacher(part, objective.teacher_needs) if teacher is not None else None
@@ -179,6 +181,7 @@ def fit(
             if done.steps % settings.log_every == 0 or epoch_ends:
                 watch.look()
                 shown = {name: float(value) for name, value in terms.items()}
+                waited = wait.take()
                 recorder.log.write(
                     {
                         "role": recorder.role,
@@ -191,6 +194,7 @@ def fit(
                         "lr": lr,
                         "grad_norm": float(norm),
                         "items_per_second": rate.value or None,
+                        "wait": waited,
                         "memory_bytes": memory_bytes(engine.device),
                         "machine": recorder.progress.machine(),
                         "time": time.time(),
@@ -207,9 +211,14 @@ def fit(
                     values={"loss": float(loss), **shown},
                     left=left,
                 )
+                slow = wait.slow()
+                if slow:
+                    recorder.log.write({"role": recorder.role, "step": done.steps, "slow_loader": slow})
+                    recorder.progress.say(f"{recorder.role}: {slow}")
             if epoch_ends:
                 _close_epoch(epoch, epochs, state, done, settings, recorder)
                 rate.restart()
+                wait.restart()
             leaving = ranks.any(recorder.stop())
             if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
                 commit()
@@ -235,7 +244,7 @@ class _Compute(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The share, each term's part of it, and the student's logits."""
         with self._engine.autocast():
-            outputs = Outputs(self._ask(part.student), self._capture.features)
+            outputs = self._capture.outputs(self._ask, part.student)
         share, values = self.objective(outputs, signal, part, progress=progress, counts=counts, rows=rows)
         return share, values, outputs.logits
 
@@ -383,6 +392,64 @@ class _Rate:
     @property
     def seconds_per_step(self) -> float:
         return (time.perf_counter() - self._start) / self._steps if self._steps > 0 else 0.0
+
+
+SLOW = 0.2
+"""The share of the time that steps may wait for their batches before a person is told."""
+
+_WINDOW = (10, 5.0)  # steps and seconds over which it is judged
+
+
+class _Wait:
+    """How much of the time the steps of a role wait for their batches; validation, and each batch after a restart, are left out."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._told = workers, False
+        self._window = [0, 0.0, 0.0]  # steps, seconds that they waited, seconds in all
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps, self._waited, self._start = -1, 0.0, time.perf_counter()
+
+    def over(self, batches: Iterable[tuple[Request, Batch]]) -> Iterator[tuple[Request, Batch]]:
+        """The same batches; the time until each is there is counted."""
+        left = iter(batches)
+        while True:
+            began = time.perf_counter()
+            found = next(left, None)
+            if found is None:
+                return
+            self._steps += 1
+            if self._steps == 0:  # loaders and kernels are started
+                self._start = time.perf_counter()
+            else:
+                self._waited += time.perf_counter() - began
+            yield found
+
+    def take(self) -> float | None:
+        """The share since it was last taken, from 0 to 1; None before the second step."""
+        if self._steps < 1:
+            return None
+        seconds = max(1e-9, time.perf_counter() - self._start)
+        share = self._waited / seconds
+        self._window = [self._window[0] + self._steps, self._window[1] + self._waited, self._window[2] + seconds]
+        self._steps, self._waited, self._start = 0, 0.0, time.perf_counter()
+        return share
+
+    def slow(self) -> str:
+        """Once for a role, a sentence that names a slow loader; a window of steps at a time is judged."""
+        steps, waited, seconds = self._window
+        if steps < _WINDOW[0] or seconds < _WINDOW[1]:
+            return ""
+        self._window = [0, 0.0, 0.0]
+        if self._told or waited <= SLOW * seconds:
+            return ""
+        self._told = True
+        now = f"{self._workers} loader processes" if self._workers else "one background thread"
+        return (
+            f"{100 * waited / seconds:.0f} % of the last {steps:.0f} steps went by waiting for batches, which {now} made. Raise train.workers, make "
+            "the images on disk smaller, or put the data on a faster disk (docs/scaling.md, Loaders)."
+        )
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def build_recipe(data: Mapping[str, Any], *, command: Command, where: str = "rec
     """
     plain = _expand(data, command)
     value = defaulted(plain)
-    dropped = merging.without_nulls(plain, check.not_applying(plain, value, command))
+    dropped = merging.without_nulls(_automatic(plain), check.not_applying(plain, value, command))
     problems: list[Problem] = []
     recipe: Recipe | None = None
     try:
@@ -154,6 +154,9 @@ def json_schema() -> dict[str, Any]:
         schema["properties"][name] = {"anyOf": [{"type": "string"}, schema["properties"][name]]}
     for name in ("export", "track"):
         schema["properties"][name] = {"anyOf": [schema["properties"][name]["items"], schema["properties"][name]]}
+    size = definitions["Train"]["properties"]["batch_size"]
+    size.pop("expected")
+    size["anyOf"] = [{key: size.pop(key) for key in ("type", "minimum")}, {"const": "auto", "type": "string"}]
     never = set(check.not_applying({}, lambda _: None, "train"))
     for path in never | _NULLABLE:
         _allow_null(schema, path)
@@ -201,6 +204,15 @@ def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
     if isinstance(plain.get("train", {}), dict):
         plain["train"] = {**_customary(plain), **plain.get("train", {})}
     return plain
+
+
+def _automatic(plain: dict[str, Any]) -> dict[str, Any]:
+    """``train.batch_size: auto`` written out: the customary batch in as few microbatches as fit."""
+    train = plain.get("train")
+    if not isinstance(train, dict) or train.get("batch_size") != "auto":
+        return plain
+    given = {key: value for key, value in train.items() if key != "batch_size"}
+    return {**plain, "train": {"accumulate": "auto", **_customary({**plain, "train": given}), **given}}
 
 
 def _customary(plain: Mapping[str, Any]) -> dict[str, Any]:

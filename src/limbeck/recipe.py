@@ -43,6 +43,7 @@ def _no_switch(value: Any) -> Any:
 _number = BeforeValidator(_no_switch)
 Real = Annotated[float, _number]
 Count = Annotated[int, Field(ge=1), _number]
+BatchSize = Annotated[int, Field(ge=1, json_schema_extra={"expected": "a whole number of at least 1 or 'auto'"}), _number]
 Workers = Annotated[int, Field(ge=0), _number]
 Tokens = Annotated[int, Field(ge=2), _number]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1), _number]
@@ -170,8 +171,9 @@ class Train(Section):
     """How the student (and the baseline) is trained."""
 
     epochs: Count = 10
-    batch_size: Count = 128
-    """The samples of one optimiser step, over all microbatches and ranks; for text 32 where it is not given."""
+    batch_size: BatchSize = 128
+    """The samples of one optimiser step, over all microbatches and ranks; for text 32 where it is not given. auto: that number, and
+    accumulate: auto."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 1e-3
     """Where it is not given: 1e-3, for text 5e-5, with sgd 0.05."""
@@ -187,11 +189,13 @@ class Train(Section):
     warmup: BelowOne = 0.05
     """Fraction of all steps."""
     clip_norm: Positive | None = 1.0
-    accumulate: Count = 1
-    """Microbatches a step."""
+    accumulate: Count | Literal["auto"] = 1
+    """Microbatches a step. auto: as few as fit into memory, found by measuring; a step that would become another one by being cut is not cut."""
     precision: Precision = "auto"
     layout: Layout | None = None
-    gradient_checkpointing: Literal[False] = False
+    gradient_checkpointing: bool | Annotated[list[Text], Field(min_length=1)] = False
+    """Compute blocks again in the backward pass instead of keeping their inner values. true: Transformers' own switch, else the blocks that the
+    model repeats; a list: these layers of the student, `*` within a part of a name (`[blocks.*]`)."""
     ema: Fraction | None = None
     """Decay; the averaged student is what is evaluated and exported."""
     select: Literal["last", "best"] = "last"

@@ -17,8 +17,9 @@ import torch
 
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._begin import Begun, Job, agree, begin, job_of, keep, summary
-from limbeck._choices import explicit, resolved, snapshot, student_choice
+from limbeck._choices import explicit, resolved, snapshot
 from limbeck._folder import Stop, already, begun_seeds, finished_metrics, make, matches, next_free, read_recipe, refuse_taken
+from limbeck._microbatch import copies_of, how_to_train
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
 from limbeck._roles import NOTHING, Cost, Shared, State, engine_from_main, train_role, train_teacher
@@ -30,7 +31,7 @@ from limbeck.errors import Interrupted, Problem, Stopped, UsageError
 from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Trained
-from limbeck.models import Model, load_into
+from limbeck.models import Model, load_into, which_blocks
 from limbeck.progress import Progress
 from limbeck.ranks import Ranks, joined, refuse_lost_folder, restarted
 from limbeck.reading import absolute
@@ -170,11 +171,11 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
             shared.teacher_logits, shared.teacher_figures = _teacher_on_record(begun, shared, meter)
         if recorded is None or not known:
             engines = {"teacher": choices[0]} if choices is not None else {}
-            engines["student"], why = engine_from_main(ranks, partial(_student_choice, job, begun, teacher), begun.device)
+            engines["student"], why = engine_from_main(ranks, partial(_student_choice, job, begun, teacher, progress), begun.device)
             workers, reason = ranks.from_main(
                 lambda: choose_workers(job.recipe.train.workers, data.train, begun.parts.augment, ranks.local_size)
             )
-            recipe = resolved(recipe, engines, workers, several=ranks.size > 1)
+            recipe = resolved(recipe, engines, workers, why["accumulate"]["value"], several=ranks.size > 1)
             device = begun.device.type
             record = {
                 **(
@@ -182,9 +183,10 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                     if choices is None
                     else {"teacher": choices[1], "teacher_cache": dict(zip(("kept", "reason"), begun.cached, strict=True))}
                 ),
-                "student": why,
+                **why,
                 "workers": {"value": workers, "reason": reason},
                 "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
+                **_blocks(begun.student, recipe),
             }
             environment = {**provenance(), **_where(engines, begun.device, ranks), "choices": record, "facts": begun.facts}
             if ranks.main:
@@ -245,17 +247,36 @@ def _teacher_at_work(
     return teacher, (Engine(device, made["precision"], made["layout"]), why)
 
 
-def _student_choice(job: Job, begun: Begun, teacher: Teacher | None) -> tuple[Engine, dict[str, Any]]:
-    """How the student trains, and why: as in the run that lends the baseline, so that both train alike; else as given or measured."""
-    recipe = job.recipe
-    if job.lender is not None and recipe.train.precision == "auto":
-        engine = explicit(read_recipe(job.lender), begun.device)["student"]
-        return engine, {"measured": [], "reason": f"as measured in {job.lender.name}"}
-    batch = begun.parts.first_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
-    signal = None
-    if teacher is not None and recipe.train.precision == "auto":
-        signal = teacher(Engine(begun.device).send(batch), begun.objective.teacher_needs)
-    return student_choice(begun.student, signal, begun.objective, batch, begun.device, recipe.train, recipe.seed)
+def _student_choice(job: Job, begun: Begun, teacher: Teacher | None, progress: Progress) -> tuple[Engine, dict[str, Any]]:
+    """How the student trains, and why: as in the run that lends the baseline, so that both train alike; else as given or measured.
+
+    The records of environment.json under ``student`` and, where it was looked for, ``accumulate``.
+    """
+    recipe, lender = job.recipe, job.lender
+    given, train = "given in the recipe", recipe.train
+    if lender is not None and "auto" in (train.precision, train.accumulate):
+        lent, told = read_recipe(lender), f"as measured in {lender.name}"
+        cut = {"value": lent.train.accumulate, "reason": told if train.accumulate == "auto" else given}
+        why = {"measured": [], "reason": told if train.precision == "auto" else given}
+        return explicit(lent, begun.device)["student"], {"student": why, "accumulate": cut}
+    engine, accumulate, why_so, cut_so = how_to_train(
+        recipe,
+        begun.student,
+        teacher,
+        begun.objective,
+        begun.parts,
+        begun.device,
+        progress,
+        copies=copies_of(recipe, begun.device),
+        ask=isinstance(teacher, LiveTeacher),
+    )
+    return engine, {"student": why_so, "accumulate": {"value": accumulate, "reason": given, **(cut_so or {})}}
+
+
+def _blocks(student: Model, recipe: Recipe) -> dict[str, Any]:
+    """The record of the blocks that are computed again, where some are."""
+    found = which_blocks(student.module, recipe.train.gradient_checkpointing)
+    return {"gradient_checkpointing": {"value": list(found.names), "reason": found.reason}} if found.names else {}
 
 
 def _teacher_on_record(begun: Begun, shared: Shared, meter: Meter | None) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:

@@ -34,6 +34,23 @@ class Sick(nn.Module):
         return out * torch.nan if self.training and os.environ["RANK"] == "1" else out
 
 
+class Blocks(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.head = nn.Linear(64, 7), nn.Linear(7, num_classes)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 7)) for _ in range(3)])
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def blocks(num_classes=3):
+    return Blocks(num_classes)
+
+
 def sick(num_classes=3):
     return Sick(num_classes)
 
@@ -124,6 +141,19 @@ def test_a_projection_is_averaged_with_the_student(there: Path, tmp_path: Path) 
     )
     run("distill", path, out=tmp_path / "alone")
     several(2, "distill", path, out=tmp_path / "two")
+    assert distance(tmp_path / "alone/student", tmp_path / "two/student") < 1e-9
+
+
+def test_blocks_that_are_computed_again_and_a_feature_inside_one(there: Path, tmp_path: Path) -> None:
+    """Against one process that keeps everything: gradients are reduced once, and after the second forward pass of a block."""
+    terms = [
+        {"loss": "kd", "weight": 0.5, "temperature": 2.0},
+        {"loss": "hint", "weight": 1.0, "student": "blocks.1.0", "teacher": "norm", "projector": "linear"},
+    ]
+    changes = {**EXACT, "student": {"model": "python:nets.py:blocks"}, "objective": terms, "baseline": False}
+    run("distill", recipe(there, "kept.yaml", **changes), out=tmp_path / "alone")
+    again = {**changes, "train": {**EXACT["train"], "gradient_checkpointing": ["blocks.*"]}}
+    several(2, "distill", recipe(there, "again.yaml", **again), out=tmp_path / "two")
     assert distance(tmp_path / "alone/student", tmp_path / "two/student") < 1e-9
 
 

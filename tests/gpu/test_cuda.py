@@ -199,3 +199,41 @@ def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     for role in ("student", "baseline"):
         a, b = (load_file(tmp_path / name / role / "model.safetensors") for name in ("quiet", "run"))
         assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_blocks_that_are_computed_again_end_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout is drawn on the device, from the state of its generator in the first pass. fp16 as well, whose scaler sees the same gradient."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    folder = make_folder(tmp_path)
+    for precision in ("float32", "bf16", "fp16"):
+        found = {}
+        for name, setting in (("kept", False), ("again", ["body", "norm", "drop"])):
+            train = {"gradient_checkpointing": setting, "precision": precision, "accumulate": 2}
+            student = {"model": "python:nets.py:student", "options": {"dropout": 0.5}}
+            path = recipe(folder, f"{name}.yaml", student=student, train=train, baseline=False)
+            run("distill", path, out=tmp_path / precision / name)
+            found[name] = load_file(tmp_path / precision / name / "student/model.safetensors")
+        assert all(np.array_equal(value, found["again"][name]) for name, value in found["kept"].items()), precision
+
+
+def test_an_automatic_cut_fits_where_the_whole_step_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator is held to what is said to be free; without the cut it runs out of memory."""
+    import limbeck._microbatch as microbatch
+
+    folder = make_folder(tmp_path)
+    wide = (
+        "\n\ndef wide(num_classes=3):\n    parts = [nn.Linear(64, 4096), *[nn.Tanh() for _ in range(400)], nn.Linear(4096, num_classes)]\n"
+    )
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + wide + "    return nn.Sequential(nn.Flatten(), *parts)\n")
+    train = {"accumulate": "auto", "batch_size": 48, "precision": "float32", "epochs": 1}
+    path = recipe(folder, student={"model": "python:nets.py:wide"}, train=train, baseline=False)
+    run("distill", path, out=tmp_path / "whole")
+    whole = read(tmp_path / "whole/environment.json")["choices"]["accumulate"]
+    assert whole["value"] == 1
+    monkeypatch.setattr(microbatch, "available", lambda *_: int(0.5 * whole["uncut_bytes"] / microbatch.SHARE))
+    torch.cuda.reset_peak_memory_stats()
+    run("distill", path, out=tmp_path / "cut")
+    cut = read(tmp_path / "cut/environment.json")["choices"]["accumulate"]
+    assert cut["value"] > 1
+    assert lines(tmp_path / "cut", "student")[-1]
+    assert distance(tmp_path / "whole/student", tmp_path / "cut/student") < 1e-5

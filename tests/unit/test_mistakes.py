@@ -98,7 +98,16 @@ READING = {
     "splits that leave nothing": recipe(GOOD.replace("digits", "{source: digits, test_fraction: 0.9}"), "data.test_fraction"),
     "more labels than rows": recipe(GOOD.replace("digits", "{source: digits, train_limit: 10, labelled_limit: 20}"), "labelled_limit"),
     "half types on a CPU": recipe(GOOD + "train: {precision: fp16, device: cpu}\n", "train.precision", "CUDA"),
-    "checkpointing that is not built": recipe(GOOD + "train: {gradient_checkpointing: true}\n", "gradient_checkpointing"),
+    "checkpointing as a word": recipe(
+        GOOD + "train: {gradient_checkpointing: blocks}\n", "gradient_checkpointing", "true or false or a list"
+    ),
+    "checkpointing of nothing": recipe(GOOD + "train: {gradient_checkpointing: []}\n", "gradient_checkpointing"),
+    "an automatic batch by a wrong name": recipe(GOOD + "train: {batch_size: atuo}\n", "train.batch_size", "'auto'"),
+    "an automatic cut by a wrong name": recipe(GOOD + "train: {accumulate: atuo}\n", "train.accumulate", "Did you mean 'auto'?"),
+    "an automatic batch that is cut": recipe(
+        GOOD + "train: {batch_size: auto, accumulate: 4}\n", "train.batch_size", "Leave train.accumulate out"
+    ),
+    "an automatic cut on mps": recipe(GOOD + "train: {accumulate: auto, device: mps}\n", "train.accumulate", "cpu and cuda"),
     # settings that would be ignored
     "momentum with adamw": recipe(GOOD + "train: {momentum: 0.9}\n", "train.momentum", "sgd"),
     "betas with sgd": recipe(GOOD + "train: {optimizer: sgd, betas: [0.9, 0.99]}\n", "train.betas", "adam"),
@@ -203,6 +212,10 @@ SPINE = {
     "an option that the callable does not take": line((*DIGITS, "--set", "student.options.widht=8"), "widht"),
     "no such torchvision model": line((*DIGITS[:4], "torchvision:resnet81", "--data", "digits"), "resnet81", "'resnet18'"),
     "no such timm model": line((*DIGITS[:4], "timm:resnet5O", "--data", "digits"), "resnet5O"),
+    "no blocks to compute again": recipe(GOOD + "train: {gradient_checkpointing: true}\n", "repeats a block", "[0, 1, 2, 3]"),
+    "no such block": recipe(
+        GOOD + "train: {gradient_checkpointing: ['4']}\n", "train.gradient_checkpointing", "'4' is no layer of Sequential"
+    ),
     "no such layer": recipe(GOOD + "objective: [{loss: hint, student: '1', teacher: nine}]\n", "nine"),
 }
 

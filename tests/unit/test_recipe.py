@@ -395,6 +395,21 @@ class TestLoading:
         assert (recipe.data.source, recipe.task) == ("imagefolder:photos", "image-classification")
 
 
+def test_an_automatic_batch_is_the_customary_one_in_as_few_cuts_as_fit() -> None:
+    def read(task: str, **train: Any) -> tuple[Any, Any, float]:
+        data = "csv:a.csv" if task == "text-classification" else "digits"
+        recipe = build_recipe({"student": "a", "data": data, "task": task, "train": train}, command="train")
+        again = build_recipe(yaml.safe_load(recipe.to_yaml()), command="train")
+        assert again == recipe
+        return recipe.train.batch_size, recipe.train.accumulate, recipe.train.lr
+
+    assert read("image-classification", batch_size="auto") == (128, "auto", 1e-3)
+    assert read("text-classification", batch_size="auto") == (32, "auto", 5e-5)
+    assert read("text-classification", batch_size="auto", accumulate="auto", lr=1.0) == (32, "auto", 1.0)
+    assert read("image-classification", batch_size=64, accumulate="auto") == (64, "auto", 1e-3)
+    assert read("image-classification") == (128, 1, 1e-3)
+
+
 class TestSchema:
     def test_editors_accept_what_is_accepted_and_no_more(self) -> None:
         validator = pytest.importorskip("jsonschema").Draft202012Validator
@@ -405,7 +420,16 @@ class TestSchema:
             assert [e.message for e in check.iter_errors(data)] == []
             complete = yaml.safe_load(build_recipe(data, command=command).to_yaml())
             assert [f"{list(e.absolute_path)}: {e.message}" for e in check.iter_errors(complete)] == []
-        for wrong in ({"train": {"lr": 0}}, {"train": {"epoch": 1}}, {"objective": [{"loss": "kdd"}]}, {"seed": -1}, {"x": 1}):
+        for right in ({"batch_size": "auto"}, {"accumulate": "auto"}, {"gradient_checkpointing": ["blocks.*"]}):
+            assert [e.message for e in check.iter_errors({**IMAGES, "train": right})] == []
+        for wrong in (
+            {"train": {"batch_size": "all"}},
+            {"train": {"lr": 0}},
+            {"train": {"epoch": 1}},
+            {"objective": [{"loss": "kdd"}]},
+            {"seed": -1},
+            {"x": 1},
+        ):
             assert list(check.iter_errors({**IMAGES, **wrong})), wrong
 
     def test_a_schedule_is_read_as_one(self) -> None:

@@ -14,6 +14,12 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_table_of_memory_is_what_was_measured() -> None:
+    command = [sys.executable, ROOT / "benchmarks/memory.py", "--table", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_page_of_benchmarks_is_what_the_results_say() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "bench.py", "--table", "--check"], capture_output=True, text=True, cwd=ROOT

@@ -6,14 +6,14 @@ import contextlib
 import multiprocessing
 import os
 import queue
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,32 +22,90 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from limbeck._machine import shared_memory
 from limbeck.data.batches import Request
 from limbeck.data.splits import Split
 from limbeck.errors import LimbeckError, Problem, UsageError
 from limbeck.recipe import Augment
 from limbeck.types import Batch
 
-__all__ = ["choose_workers", "stream"]
+__all__ = ["choose_workers", "shared_memory_for", "stream"]
 
 Build = Callable[[Request], Batch]
 
 _AHEAD = 3  # batches that the background thread may be ahead
 _QUICK = 200e-6  # seconds: waking a thread and taking turns with it cost about 100 microseconds a batch
+_READY = 2  # batches that each loader process makes ahead
 _TRIED = 3  # batches: the first ones also pay for what is made once
 
 
-def stream(builder: Build, requests: Iterable[Request], *, workers: int, pin_memory: bool = False) -> Iterator[tuple[Request, Batch]]:
+def stream(
+    builder: Build,
+    requests: Iterable[Request],
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    ranks: int = 1,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[Request, Batch]]:
     """``(request, batch)`` in the order of ``requests``, prepared ahead of time.
 
     workers 0: one background thread of this process, or none where batches are so quickly made (rows of float arrays, tokens) that the
     thread would cost more; above 0: that many processes. Closing the generator, an exception and Ctrl-C stop them. ``pin_memory`` is for
     transfers to a CUDA device.
+
+    Processes hand the tensors of a batch over in shared memory. Where that is too small for so many, ``say`` is told, and it goes on with as many
+    as it holds, which changes no batch. ranks: of this machine, which share it.
     """
+    if workers > 0:
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is None:
+            return
+        requests = chain([first], requests)
+        workers = _fitting(builder, first, workers, ranks, say)
     if workers == 0:
         yield from _local(builder, requests, pin_memory)
     else:
         yield from _processes(builder, requests, workers, pin_memory)
+
+
+def _fitting(builder: Build, request: Request, workers: int, ranks: int, say: Callable[[str], None]) -> int:
+    """How many processes the shared memory holds the batches of; a process that finds it full is killed by the kernel (SIGBUS)."""
+    found = shared_memory()
+    if found is None:
+        return workers
+    few = replace(request, rows=request.rows[:2])
+    size = _shared_bytes(builder(few)) * -(-len(request.rows) // len(few.rows))
+    fitting, sentence = shared_memory_for(workers, size, found[1] // ranks)
+    if sentence:
+        say(sentence)
+    return fitting
+
+
+def shared_memory_for(workers: int, size: int, free: int) -> tuple[int, str]:
+    """How many processes can hand batches of ``size`` bytes over through ``free`` bytes of shared memory, and a sentence where not all can.
+
+    Each has as many batches ready as a DataLoader asks for, and the step has one and the next.
+
+    >>> shared_memory_for(4, 1_000_000, 8_000_000)[0], shared_memory_for(4, 1_000_000, 10_000_000)
+    (3, (4, ''))
+    """
+    fitting = min(workers, max(0, (free // max(1, size) - 2) // _READY))
+    if fitting == workers:
+        return workers, ""
+    need, kept = (_READY * workers + 2) * size, f"{fitting} of them" if fitting else "a background thread in their place"
+    return fitting, (
+        f"/dev/shm has {free / 2**20:,.0f} MiB free, and {workers} loader processes (train.workers) need {need / 2**20:,.0f} MiB for their batches: "
+        f"going on with {kept}. Give it more: docker run --shm-size=8g; in Kubernetes, a volume `emptyDir: {{medium: Memory}}` at /dev/shm."
+    )
+
+
+def _shared_bytes(batch: Batch) -> int:
+    """Of its tensors; the rest goes through a pipe."""
+    inputs = [batch.student] if batch.teacher is None or batch.teacher is batch.student else [batch.student, batch.teacher]
+    tensors = [*(v for given in inputs for v in given.values()), batch.labels, batch.mask]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _local(builder: Build, requests: Iterable[Request], pin_memory: bool) -> Iterator[tuple[Request, Batch]]:
@@ -163,6 +221,7 @@ def _processes(builder: Build, requests: Iterable[Request], workers: int, pin_me
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
+        prefetch_factor=_READY,
         collate_fn=_same,
         pin_memory=pin_memory,
         worker_init_fn=partial(_start_worker, alive),
@@ -218,8 +277,8 @@ def choose_workers(setting: int | Literal["auto"], split: Split, augment: Augmen
     if script is not None:
         return 0, f"{script} {guard}"
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
-    if free is not None and free < 512 << 20:
-        return 0, f"/dev/shm has only {free >> 20} MiB free for batches of worker processes (docker: --shm-size=8g)"
+    there = shared_memory()
+    if there is not None and there[1] < 512 << 20:
+        return 0, f"/dev/shm has only {there[1] >> 20} MiB free for batches of worker processes (docker: --shm-size=8g)"
     shared = f" for {ranks} ranks" if ranks > 1 else ""
     return min(8, max(1, cpus // ranks - 1)), f"samples are decoded when they are read, and there are {cpus} CPUs{shared}"

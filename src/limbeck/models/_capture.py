@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from limbeck.errors import Problem, UsageError, nearest
 from limbeck.models._model import Model, first_tensor, untouched
-from limbeck.types import Inputs
+from limbeck.types import Inputs, Outputs
 
-__all__ = ["Capture", "probe_shapes", "validate_paths"]
+__all__ = ["Capture", "called_layers", "probe_shapes", "validate_paths"]
 
 
 class Capture:
@@ -37,6 +37,16 @@ class Capture:
         self._module = module
         self._paths = tuple(dict.fromkeys(paths))
         self._handles: list[RemovableHandle] = []
+        self._listening = True
+
+    def outputs(self, model: Model, inputs: Inputs) -> Outputs:
+        """Logits and features of one forward pass, and of nothing else: a layer inside a block that is computed again in the backward pass
+        (:class:`~limbeck.models.Recomputed`) is called once more then, on values that no loss reads."""
+        self.features, self._listening = {}, True
+        try:
+            return Outputs(model(inputs), self.features)
+        finally:
+            self.features, self._listening = {}, False
 
     def __enter__(self) -> Self:
         layers = dict(self._module.named_modules()) if self._paths else {}
@@ -52,6 +62,8 @@ class Capture:
 
     def _keeper(self, path: str, key: str | None) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not self._listening:
+                return
             try:
                 self.features[path] = first_tensor(output, key).clone()
             except UsageError as e:
@@ -85,6 +97,19 @@ def probe_shapes(model: Model, inputs: Inputs, paths: Sequence[str]) -> dict[str
     if silent:
         raise UsageError([Problem(path, "this layer is not called in the model's forward pass, so it has no features.") for path in silent])
     return {path: tuple(capture.features[path].shape) for path in paths}
+
+
+def called_layers(model: Model, inputs: Inputs) -> set[str]:
+    """The names of the layers that a forward pass calls, by one pass in eval mode that leaves the module as it was."""
+    called: set[str] = set()
+    handles = [m.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, m in model.module.named_modules()]
+    try:
+        with untouched(model.module):
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
 
 
 def _split(path: str) -> tuple[str, str | None]:
