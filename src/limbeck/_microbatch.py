@@ -140,9 +140,9 @@ def settled(
         "free_bytes": free,
         "may_use_bytes": int(SHARE * free),
         "held_bytes": held,
-        "measured_bytes": {str(n): found for n, found in measured.items()},
-        "needed_bytes": None if chosen is None else int(held + _foreseen(measured, _most(rows, chosen))),
-        "uncut_bytes": int(held + _foreseen(measured, rows)),
+        "measured_bytes": {str(n): _whole(found) for n, found in measured.items()},
+        "needed_bytes": None if chosen is None else _whole(held + _foreseen(measured, _most(rows, chosen))),
+        "uncut_bytes": _whole(held + _foreseen(measured, rows)),
         "seconds": time.perf_counter() - began,
     }
     _judge(record, model, objective, parts)
@@ -269,5 +269,11 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gb(count: float) -> str:
+def _whole(count: float) -> int | None:
+    return int(count) if count < math.inf else None
+
+
+def _gb(count: int | None) -> str:
+    if count is None:
+        return "more than there is"
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -184,7 +184,7 @@ def test_a_step_that_batch_statistics_tie_together_is_not_cut(
 
 
 def test_a_term_over_the_batch_is_not_cut() -> None:
-    record = {"value": 2, "rows": 8, "uncut_bytes": 4e9, "may_use_bytes": 2e9, "free_bytes": 2.5e9}
+    record = {"value": 2, "rows": 8, "uncut_bytes": 4 * 10**9, "may_use_bytes": 2 * 10**9, "free_bytes": 3 * 10**9}
     tied: Any = SimpleNamespace(per_item=False)
     parts: Any = SimpleNamespace(batch_statistics=False)
     with pytest.raises(Stopped, match="a term over the batch"):
