@@ -53,6 +53,8 @@ BASELINE = ("unit/test_baseline.py",)
 VIEWS = ("unit/test_data_views.py",)
 BATCHES = ("unit/test_data_batches.py",)
 SPLITS = ("unit/test_data_splits.py",)
+STAGES = ("unit/test_stages.py",)
+GATHERED = ("e2e/test_gathered.py::test_ranks_end_in_the_weights_of_one_process",)
 CHECKPOINT = ("unit/test_checkpoint.py",)
 CRASHED = ("faults/test_faults.py::test_r4_a_crash_after_every_event_of_a_checkpoint",)
 
@@ -285,8 +287,8 @@ MUTANTS = (
     Mutant(
         "order-without-epoch",
         "data/batches.py",
-        'order(self._count, self.seed, "order", epoch)',
-        'order(self._count, self.seed, "order")',
+        'order(self.count, self.seed, "order", self.first_epoch + epoch)',
+        'order(self.count, self.seed, "order")',
         BATCHES,
     ),
     Mutant("view-never-changes", "data/batches.py", "epoch if self.views is None else epoch % self.views", "0", BATCHES),
@@ -375,6 +377,35 @@ MUTANTS = (
         "optimizer = make_optimizer(settings, [module])",
         ("unit/test_loop.py::test_a_hint_trains_its_projection_and_leaves_no_hook",),
     ),
+    # --- stages
+    Mutant("subsets-are-not-nested", "data/batches.py", 'data_seed, "fraction")', 'data_seed, "fraction", fraction)', STAGES),
+    Mutant("every-stage-begins-with-view-0", "data/batches.py", "        epoch = self.first_epoch + (", "        epoch = (", STAGES),
+    Mutant("a-rate-of-a-stage-is-forgotten", "loop.py", "top = settings.lr if own is None else own", "top = settings.lr", STAGES),
+    Mutant("one-objective-for-all-stages", "loop.py", "goal = objective.at(request.stage)", "goal = objective.at(0)", STAGES),
+    Mutant("a-projection-begins-again", "objective.py", "kept.setdefault((term.name, own, shapes), term.loss)", "term.loss", STAGES),
+    Mutant(
+        "the-baseline-reads-all-rows",
+        "_parts.py",
+        "rows = self._labelled_of(stage)\n                plans",
+        "rows = None\n                plans",
+        STAGES,
+    ),
+    Mutant(
+        "all-rows-are-asked-of-the-teacher",
+        "_teaching.py",
+        "Request(view, keys) if rows is None else",
+        "Request(view, keys) if True else",
+        STAGES,
+    ),
+    # --- relational losses on several ranks
+    Mutant(
+        "gathered-without-the-others-gradient",
+        "ranks.py",
+        "        if summed.numel():\n            dist.all_reduce(summed, group=group)\n",
+        "",
+        GATHERED,
+    ),
+    Mutant("each-rank-counts-all-values", "objective.py", "return values[own]", "return values", GATHERED),
     # --- resume
     Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", RESUME),
     Mutant("resume-without-average", "loop.py", 'value.copy_(saved["average"][name])', "pass", RESUME),
@@ -399,8 +430,8 @@ MUTANTS = (
     Mutant(
         "baseline-with-fewer-steps",
         "_parts.py",
-        "epochs=steps, batch_size=size, seed=recipe.seed, total_steps=steps",
-        "epochs=recipe.train.epochs, batch_size=size, seed=recipe.seed",
+        "batch_size=size, seed=recipe.seed, total_steps=steps",
+        "batch_size=size, seed=recipe.seed",
         BASELINE,
     ),
     Mutant(
@@ -413,7 +444,7 @@ MUTANTS = (
     Mutant(
         "a-teacher-of-another-training",
         "_sweep_share.py",
-        "_text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe), recipe.teacher_cache.views])",
+        "_text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe.objective), recipe.teacher_cache.views])",
         "_text([model, train, data, recipe.task, recipe.seed, recipe.teacher_cache.views])",
         ("e2e/test_sweep.py::test_a_teacher_is_trained_again_where_its_own_training_is_varied",),
     ),

@@ -56,7 +56,7 @@ def how_to_train(
     accumulate, record = settled(recipe, *now, copies=copies)
     batch = parts.first_batch(with_accumulate(recipe, accumulate), with_teacher=teacher is not None, ask=ask)
     signal = None
-    if teacher is not None and recipe.train.precision == "auto":
+    if teacher is not None and objective.needs_teacher and recipe.train.precision == "auto":
         signal = teacher(Engine(device).send(batch), objective.teacher_needs)
     engine, why = student_choice(model, signal, objective, batch, device, recipe.train, recipe.seed)
     if record is not None and accumulate > 1 and recipe.train.precision == "auto" and engine.precision != "float32":
@@ -256,7 +256,8 @@ class _Work:
             Recomputed(self._model.module, self._settings.gradient_checkpointing),
             largest(self._engine.device) as peak,
         ):
-            signal = self._teacher(sent, self._objective.teacher_needs) if self._teacher is not None else None
+            teacher = self._teacher if self._objective.needs_teacher else None
+            signal = teacher(sent, self._objective.teacher_needs) if teacher is not None else None
             self._engine.seed(seed_for(self._seed, "dropout", 0, 0, 0))
             with self._engine.autocast():
                 outputs = capture.outputs(self._model, sent.student)

@@ -22,7 +22,7 @@ from limbeck.data import choose_workers
 from limbeck.engine import Engine
 from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, save_model, state_hash
-from limbeck.objective import Objective
+from limbeck.objective import Objective, StagedObjective
 from limbeck.progress import Progress
 from limbeck.ranks import Ranks
 from limbeck.recipe import Recipe
@@ -121,7 +121,14 @@ def engine_from_main(
 
 
 def train_role(
-    role: str, folder: Path, recipe: Recipe, student: Model, objective: Objective, teacher: Teacher | None, shared: Shared, log: Log
+    role: str,
+    folder: Path,
+    recipe: Recipe,
+    student: Model,
+    objective: Objective | StagedObjective,
+    teacher: Teacher | None,
+    shared: Shared,
+    log: Log,
 ) -> tuple[Trained, State]:
     """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``."""
     parts, choices = shared.parts, shared.environment["choices"]
@@ -140,7 +147,7 @@ def _fit_once(
     final: Path,
     student: Model,
     teacher: Teacher | None,
-    objective: Objective,
+    objective: Objective | StagedObjective,
     feed: Feed,
     engine: Engine,
     recipe: Recipe,
@@ -176,12 +183,12 @@ def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Prog
     assert job.recipe.teacher.train is not None
     given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
     # names of blocks are those of the student
-    given |= {"ema": None, "select": "last", "gradient_checkpointing": job.recipe.train.gradient_checkpointing is True}
+    given |= {"ema": None, "select": "last", "stages": None, "gradient_checkpointing": job.recipe.train.gradient_checkpointing is True}
     recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update=given)})
     progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
     ranks = job.ranks
     own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=has_batch_statistics(teacher), ranks=ranks)
-    objective = own.baseline_objective()
+    objective = own.baseline_objective().at(0)
     choice_file = job.out / "checkpoints" / "teacher.json"
 
     def choice() -> tuple[Engine, dict[str, Any]]:

@@ -56,6 +56,7 @@ class Ranks:
     size: int = 1
     local_size: int = 1
     store: Any = field(default=None, compare=False, repr=False)
+    _gathering: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def main(self) -> bool:
@@ -81,6 +82,35 @@ class Ranks:
         joint = torch.stack([t.detach().double() for t in tensors])
         dist.all_reduce(joint)
         return [t.to(own.dtype) for t, own in zip(joint.unbind(), tensors, strict=True)]
+
+    def least(self, value: int) -> int:
+        """The smallest of these numbers."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(told, op=dist.ReduceOp.MIN)
+        return int(told)
+
+    def gather(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], slice]:
+        """``(N_r, ...)`` of this rank -> ``(N, ...)`` of all ranks, in their order, and where this rank's rows stand in them.
+
+        Ranks may have different numbers of rows, none included; all of the tensors of one rank have the same. All ranks call it, and run backward
+        through what came of it, equally often and in the same order. Backward adds up, for each row, the gradients of all ranks: where each rank's
+        loss is its share of one sum, every rank gets the gradient of that sum.
+
+        It talks in a group of its own, because DistributedDataParallel sums gradients in the same backward pass, in an order of its own.
+        """
+        count = len(tensors[0])
+        if self.size == 1:
+            return list(tensors), slice(0, count)
+        if not self._gathering:
+            self._gathering.append(dist.new_group())
+        [group] = self._gathering
+        counts = [0] * self.size
+        counts[self.rank] = count
+        counts = self.sum(counts)
+        start = sum(counts[: self.rank])
+        return [_Gathered.apply(x, group, counts, self.rank) for x in tensors], slice(start, start + count)
 
     def add(self, array: Any) -> None:
         """Sum a NumPy array over all ranks, in place."""
@@ -159,6 +189,30 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows of all ranks, which have ``counts`` of them; shorter ones are padded on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, counts: list[int], rank: int) -> Tensor:
+        ctx.about = group, counts, rank
+        most = max(counts)
+        padded = x.new_zeros((most, *x.shape[1:]))
+        padded[: len(x)] = x.detach()
+        parts = [torch.empty_like(padded) for _ in counts]
+        if most:
+            dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        group, counts, rank = ctx.about
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        if summed.numel():
+            dist.all_reduce(summed, group=group)
+        start = sum(counts[:rank])
+        return summed[start : start + counts[rank]], None, None, None
 
 
 def _added(_, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are texts

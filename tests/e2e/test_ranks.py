@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from running import ended, lines, make_folder, ranks, read, recipe, run, start, steps, wait_for, weights
+from running import distance, ended, lines, make_folder, ranks, read, recipe, run, several, start, steps, wait_for, weights
 
 DENSE = """
 
@@ -81,20 +81,6 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "nets.py").write_text((folder / "nets.py").read_text() + DENSE)
     run("distill", recipe(folder, **EXACT), out=folder / "alone")
     return folder
-
-
-def several(size: int, *arguments: Any, out: Path, **environment: str) -> dict[str, Any]:
-    """A run of so many ranks that succeeds; its metrics.json."""
-    codes, said = ended(ranks(size, *arguments, "--out", out, said=out.with_suffix(".said"), **environment))
-    assert codes == [0] * size, said
-    return dict(read(out / "metrics.json"))
-
-
-def distance(one: Path, other: Path) -> float:
-    """The largest difference between two saved models, relative to the largest weight."""
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert a.keys() == b.keys()
-    return max(float(np.abs(a[k].astype(np.float64) - b[k]).max() / max(1.0, np.abs(a[k]).max())) for k in a if a[k].size)
 
 
 @pytest.mark.parametrize("size", [2, 3])
