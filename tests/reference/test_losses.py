@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck.losses import kd
+from limbeck.losses import LOSSES
 from limbeck.objective import Objective
 from limbeck.recipe import Term
 from limbeck.types import Batch, Outputs, Signal
@@ -43,8 +43,49 @@ def batch_of(size: int, labels: Tensor | None = None, mask: Tensor | None = None
     return Batch(np.zeros((size, 2), np.uint64), 0, student, None, labels, torch.ones(size, dtype=torch.bool))
 
 
-def run_kd(case: Case, given: Inputs) -> Made:
-    return kd(given["student_logits"], given["teacher_logits"], temperature=case["params"]["temperature"]).mean(), {}
+RENAMED = {"tau": "temperature"}
+IGNORED = ("reduction", "alpha_for_total", "iota", "kappa", "rows_per_micro_batch", "num_items_in_batch")
+"""Parameters of cases that are not the loss's own: what is done around it, or how a peer's bug is asked for."""
+
+
+def on_logits(name: str) -> Callable[[Case, Inputs], Made]:
+    """The mean of a loss over items x classes, with labels where it reads them, and the case's parameters under our names."""
+
+    def run(case: Case, given: Inputs) -> Made:
+        values = {RENAMED.get(k, k): v for k, v in case["params"].items() if k not in IGNORED}
+        tensors = [given[read.replace(".", "_")] for read in LOSSES[name].reads]
+        return LOSSES[name].function(*tensors, **values).mean(), {}
+
+    return run
+
+
+def run_lskd(case: Case, given: Inputs) -> Made:
+    name = "dkd" if case["variant"] == "dkd" else "kd"
+    return on_logits(name)({**case, "params": {**case["params"], "standardize": True}}, given)
+
+
+def of_tokens(case: Case, given: Inputs) -> tuple[Tensor, Tensor]:
+    """(N, V) logits of student and teacher at the positions that count."""
+    if "student_head" in given:
+        student, teacher = (given[f"{side}_hidden"] @ given[f"{side}_head"].T for side in ("student", "teacher"))
+        missing = teacher.shape[-1] - student.shape[-1]
+        student = torch.nn.functional.pad(student, (0, missing), value=-math.inf)  # what the student does not have, it never says
+    else:
+        student, teacher = given["student_logits"], given["teacher_logits"]
+    valid = given["labels"] != -100
+    if "get_batch_logps(loss_type='kd')" in case["source"]:  # DistiLLM-2 shifts inside
+        student, teacher, valid = student[:, :-1], teacher[:, :-1], valid[:, 1:]
+    return student[valid], teacher[valid]
+
+
+def run_divergence(case: Case, given: Inputs) -> Made:
+    """fkl, rkl and jsd over tokens; a beta of 0 or 1 is one of the two by name."""
+    student, teacher = of_tokens(case, given)
+    values = {k: v for k, v in case["params"].items() if k not in IGNORED}
+    beta = values.pop("beta", {"fkl": 0, "rkl": 1}.get(case["method"], 1e-3))  # the case of the ends gives its value at 1e-3
+    name = {0: "fkl", 1: "rkl"}.get(beta, "jsd")
+    each = LOSSES[name].function(student, teacher, **values, **({"beta": beta} if name == "jsd" else {}))
+    return each.sum() / max(case["params"].get("num_items_in_batch", len(each)), 1), {}
 
 
 def run_kd_mix(case: Case, given: Inputs) -> Made:
@@ -88,8 +129,17 @@ def run_hidden_mse(case: Case, given: Inputs) -> Made:
 
 
 BUILT: dict[str, Callable[[Case, Inputs], Made]] = {
-    "kd": run_kd,
+    "kd": on_logits("kd"),
     "kd_mix": run_kd_mix,
+    "soft_ce": on_logits("soft_cross_entropy"),
+    "dkd": on_logits("dkd"),
+    "dist": on_logits("dist"),
+    "lskd": run_lskd,
+    "wsld": on_logits("wsld"),
+    "nkd": on_logits("nkd"),
+    "fkl": run_divergence,
+    "rkl": run_divergence,
+    "jsd": run_divergence,
     "fitnet": run_fitnet,
     "hidden_mse": run_hidden_mse,
 }
@@ -106,7 +156,7 @@ def wanted(case: Case) -> tuple[float | None, bool]:
         return next((number(v) for k, v in expected.items() if k.startswith("correct")), None), False
     value = number(expected.get("loss"))
     if value is None or not math.isfinite(value):
-        value = next((number(v) for k, v in expected.items() if k.startswith(("correct", "loss_over"))), None)
+        value = next((number(v) for k, v in expected.items() if k.startswith(("correct", "loss_over", "loss_logsumexp"))), None)
     return value, True
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError
-from limbeck.losses._seam import Layer, raised
+from limbeck.losses._seam import Layer, Path, raised, shaped
 
 __all__ = ["ConvReg", "Hint"]
-
-_Path = Field(min_length=1, description="the path of a layer, such as layer3 or encoder.layer.5")
 
 
 class ConvReg(nn.Module):
@@ -44,7 +41,7 @@ class ConvReg(nn.Module):
 
 
 class Hint(nn.Module):
-    """Mean squared error between a layer of the student, through a learned projection, and a layer of the teacher.
+    """``mean over elements of (projection(student) - teacher)^2``: a layer of the student, through a learned projection, against the teacher's.
 
     student_shape, teacher_shape: shapes of the two features, batch first. student, teacher: paths of the layers. projector:
 
@@ -55,7 +52,12 @@ class Hint(nn.Module):
     - ``none``: nothing is learned; the shapes must be equal, except that maps are averaged down as above.
 
     The projection belongs to the training alone and is never exported. A layer's features are items by sample, or by valid token for text.
-    Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets".
+    Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, section 3.1.
+
+    >>> import torch
+    >>> hint = Hint((2, 4), (2, 4), student="a", teacher="b", projector="none")
+    >>> hint(torch.zeros(2, 4), torch.ones(2, 4))
+    tensor([1., 1.])
     """
 
     def __init__(
@@ -63,12 +65,12 @@ class Hint(nn.Module):
         student_shape: tuple[int, ...],
         teacher_shape: tuple[int, ...],
         *,
-        student: Annotated[str, _Path, Layer("student")],
-        teacher: Annotated[str, _Path, Layer("teacher")],
+        student: Annotated[str, Path, Layer("student")],
+        teacher: Annotated[str, Path, Layer("teacher")],
         projector: Literal["auto", "linear", "conv", "convreg", "none"] = "auto",
     ) -> None:
         super().__init__()
-        shapes = f"layer '{student}' of the student gives {_shape(student_shape)}, layer '{teacher}' of the teacher {_shape(teacher_shape)}"
+        shapes = f"layer '{student}' of the student gives {shaped(student_shape)}, layer '{teacher}' of the teacher {shaped(teacher_shape)}"
         maps = len(student_shape) == 4 and len(teacher_shape) == 4
         if projector == "auto":
             projector = "conv" if maps else "linear"
@@ -115,7 +117,3 @@ _ADVICE = {
     "convreg": "conv and convreg need maps (B, channels, height, width) on both sides; use linear for others.",
     "none": "Choose layers of equal shapes, or a learned projector (linear or conv).",
 }
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "(" + ", ".join(["B", *(str(n) for n in shape[1:])]) + ")"
