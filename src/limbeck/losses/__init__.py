@@ -8,19 +8,27 @@ from __future__ import annotations
 from limbeck.losses._seam import Layer, LossEntry, Parameter, PerClass, Schedulable, raised, shaped
 from limbeck.losses._table import LOSSES
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
-from limbeck.losses.features import Hint
+from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
-from limbeck.losses.relations import dist
+from limbeck.losses.maps import Ofd, Vid, attention_transfer, nst
+from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
 
 __all__ = [
     "LOSSES",
+    "Correlation",
+    "Cosine",
     "Hint",
     "Layer",
     "LossEntry",
+    "Ofd",
     "Parameter",
     "PerClass",
     "Schedulable",
+    "Vid",
+    "attention_transfer",
+    "cka",
+    "correlation_rbf",
     "cross_entropy",
     "dist",
     "dkd",
@@ -32,9 +40,14 @@ __all__ = [
     "kd_sparse",
     "mse_logits",
     "nkd",
+    "nst",
+    "pkt",
     "raised",
+    "rkd_angle",
+    "rkd_distance",
     "rkl",
     "shaped",
+    "similarity_preserving",
     "soft_cross_entropy",
     "wsld",
 ]

@@ -20,7 +20,20 @@ from torch import Tensor, nn
 
 from limbeck.errors import nearest
 
-__all__ = ["Layer", "LossEntry", "Parameter", "Path", "PerClass", "Reads", "Schedulable", "Shape", "raised", "shaped"]
+__all__ = [
+    "Layer",
+    "LossEntry",
+    "Parameter",
+    "Path",
+    "PerClass",
+    "Reads",
+    "Schedulable",
+    "Shape",
+    "of_maps",
+    "of_samples",
+    "raised",
+    "shaped",
+]
 
 Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels"]
 """A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats."""
@@ -184,3 +197,18 @@ class LossEntry:
 
 
 _SIDES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+
+
+# --- what features a loss can compare; each says what to do where it cannot ---
+
+
+def of_samples(student: Shape, teacher: Shape) -> str:
+    """One vector or map a sample, of any two sizes."""
+    fit = all(len(shape) in (2, 4) for shape in (student, teacher))
+    return "" if fit else "Choose layers that give one vector (B, D) or one map (B, channels, height, width) a sample."
+
+
+def of_maps(student: Shape, teacher: Shape) -> str:
+    """Maps of any two sizes."""
+    fit = len(student) == len(teacher) == 4
+    return "" if fit else "Choose layers that give maps (B, channels, height, width) on both sides."
