@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from limbeck.errors import UsageError
@@ -22,6 +24,7 @@ from limbeck.losses import (
     LossEntry,
     Ofd,
     Vid,
+    _described,
     attention_transfer,
     cka,
     correlation_rbf,
@@ -165,6 +168,15 @@ def test_a_row_is_complete(entry: LossEntry) -> None:
     assert inspect.getdoc(entry.function)
     assert 20 < len(entry.summary) <= 160
     assert entry.summary.endswith(".")
+    assert entry.compares
+    assert entry.helps
+    said = inspect.getdoc(entry.function) or ""
+    assert said.startswith("``"), "a docstring begins with the formula"
+    assert "\n>>> " in said
+    assert entry.name == "cross_entropy" or re.search(r"Source: .*arXiv:\d", said, re.DOTALL)
+    (first, *_) = yaml.safe_load(_described.snippet(entry))["objective"]
+    assert check_terms([Term.model_validate(first)]) == []
+    assert first["loss"] == entry.name
     assert entry.source
     assert entry.cost
     assert check_terms([Term.model_validate({"loss": entry.name, **entry.example})]) == []

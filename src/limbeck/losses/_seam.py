@@ -153,8 +153,9 @@ class LossEntry:
     to all logits of an item changes nothing. hard_labels: each label must be one class, so that labels blended by mixup are refused.
     sparse: the same loss on sparse teacher logits, an unbiased estimate of it at the temperature that they are of; None where such logits would
     bias it. fits: (student_shape, teacher_shape) of the features, batch first -> what to do where the loss cannot compare them, "" where it
-    can; modules say so themselves. example: a term's parameters, for listings and tests. summary: a sentence on what it compares, and one
-    on when that helps. source: where it was published. cost: the work of one step beside the models' own, in N items, C classes, D features.
+    can; modules say so themselves. weight: the authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for
+    listings and tests. summary: a sentence on what it compares, and one on when that helps. source: where it was published. cost: the work of
+    one step beside the models' own, in N items, C classes, D features.
 
     Where a loss is a function of features, the paths of their layers, ``student`` and ``teacher``, are parameters of the recipe that the
     function itself never sees.
@@ -169,6 +170,7 @@ class LossEntry:
     summary: str
     source: str
     cost: str
+    weight: float = 1.0
     example: Mapping[str, Any] = field(default_factory=dict)
     sparse: Callable[..., Any] | None = None
     near_zero: float = 0.0
@@ -180,6 +182,25 @@ class LossEntry:
     def learned(self) -> bool:
         """Whether it is a module with parameters, to be built from shapes."""
         return isinstance(self.function, type) and issubclass(self.function, nn.Module)
+
+    @property
+    def compares(self) -> str:
+        """The first sentence of the summary."""
+        return self.summary.partition(". ")[0] + "."
+
+    @property
+    def helps(self) -> str:
+        """The rest of the summary: when to use it."""
+        return self.summary.partition(". ")[2]
+
+    @property
+    def needs(self) -> str:
+        """What a run must have for it, in words."""
+        layers = ["a layer of the student and of the teacher"] * ("student.features" in self.reads)
+        logits = ["the teacher's logits"] * ("teacher.logits" in self.reads)
+        labels = ["one label a sample" if self.hard_labels else "labels"] * ("labels" in self.reads)
+        batch = ["several samples at once"] * (not self.per_item)
+        return ", ".join([*layers, *logits, *labels, *batch])
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:

@@ -117,7 +117,8 @@ class Vid(nn.Module):
         student, teacher = pooled(raised(student), raised(teacher).detach())
         variance = F.softplus(self.log_scale) + 1e-5
         variance = variance[:, None, None]
-        return 0.5 * ((self.regressor(student) - teacher).square() / variance + variance.log()).flatten(1).mean(1)
+        missed: Tensor = self.regressor(student) - teacher
+        return 0.5 * (missed.square() / variance + variance.log()).flatten(1).mean(1)
 
 
 def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:

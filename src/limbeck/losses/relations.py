@@ -146,7 +146,7 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = s @ s.T, t @ t.T
     scale = torch.linalg.vector_norm(s) * torch.linalg.vector_norm(t)
     even = scale == 0
-    alignment = ((s * t).sum() / scale.masked_fill(even, 1.0)).masked_fill(even, 0.0)
+    alignment: Tensor = ((s * t).sum() / scale.masked_fill(even, 1.0)).masked_fill(even, 0.0)
     return (1 - alignment).expand(len(student))
 
 
@@ -180,7 +180,7 @@ def _flat(x: Tensor) -> Tensor:
 def _distances(x: Tensor) -> Tensor:
     """(N, N), in units of their mean over pairs of two; 0 on the diagonal."""
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6).masked_fill(itself, 0.0)
+    distances: Tensor = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6).masked_fill(itself, 0.0)
     pairs = max(len(x) * (len(x) - 1), 1)
     return distances / (distances.sum() / pairs if len(x) > 1 else 1.0)
 
