@@ -200,6 +200,15 @@ MUTANTS = (
     Mutant("nst-of-first-degree", "losses/maps.py", "(a @ b.transpose(1, 2)).square()", "(a @ b.transpose(1, 2))", LOSSES),
     Mutant("vid-without-its-variance", "losses/maps.py", " + variance.log())", " )", LOSSES),
     Mutant("ofd-whole-l2", "losses/maps.py", " * ((student > target) | (target > 0))", "", LOSSES),
+    Mutant("padded-keys-count", "losses/transformers.py", "scores.masked_fill(padded & ~nobody, -torch.inf)", "scores", LOSSES),
+    Mutant("patient-with-every-token", "losses/transformers.py", "x[:, 0] if x.ndim == 3", "x.mean(1) if x.ndim == 3", LOSSES),
+    Mutant(
+        "hcl-halves-for-sizes-left-out",
+        "losses/maps.py",
+        "        if size < student.shape[2]:\n            weight /= 2\n",
+        "        weight /= 2\n        if size < student.shape[2]:\n",
+        LOSSES,
+    ),
     Mutant("a-loss-of-maps-takes-vectors", "objective.py", "if self.entry.fits is not None:", "if False:", LOSSES),
     # --- the objective
     Mutant(

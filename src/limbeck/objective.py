@@ -245,7 +245,7 @@ class _Term(nn.Module):
         if missing:
             raise UsageError(missing)
         feature = [shapes[side][p] for side, p in self.layers.items()]
-        self.tokens = any(len(s) == 3 for s in feature)
+        self.tokens = not self.entry.sequences and any(len(s) == 3 for s in feature)
         if self.entry.learned:
             self.loss: Any = self.entry.function(*feature, **values)
             self.values: dict[str, Any] = {}

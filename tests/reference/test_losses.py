@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck.losses import LOSSES
-from limbeck.losses.maps import partial_l2
+from limbeck.losses import LOSSES, minilm, minilm_v2, patient, tinybert_attention
+from limbeck.losses.maps import hcl, partial_l2
 from limbeck.objective import Objective
 from limbeck.recipe import Term
 from limbeck.types import Batch, Outputs, Signal
@@ -190,6 +190,65 @@ def run_logit_cosine(case: Case, given: Inputs) -> Made:
     return scalar("cosine", *of_tokens(case, given))
 
 
+def run_hcl(case: Case, given: Inputs) -> Made:
+    levels = [k.removeprefix("student_feat") for k in given if k.startswith("student_feat")]
+    return torch.stack([hcl(given[f"student_feat{n}"], given[f"teacher_feat{n}"]).mean() for n in levels]).sum(), {}
+
+
+def run_tinybert(case: Case, given: Inputs) -> Made:
+    if case["variant"] == "prediction":  # averaged over classes too
+        return run_mean_over_classes(case, given)
+    layers, teachers = (sum(k.startswith(f"{side}_att") for k in given) for side in ("student", "teacher"))
+    step = teachers // layers
+    parts = [tinybert_attention(given[f"student_att.{i}"], given[f"teacher_att.{(i + 1) * step - 1}"]).mean() for i in range(layers)]
+    projection = {k: x.requires_grad_() for k, x in given.items() if k.startswith("fit_dense")}
+    for i in range(layers + 1 if projection else 0):
+        student = torch.nn.functional.linear(given[f"student_hidden.{i}"], projection["fit_dense.weight"], projection["fit_dense.bias"])
+        parts.append(scalar("hint", student, given[f"teacher_hidden.{i * step}"], projector="none")[0])
+    return torch.stack(parts).sum(), projection
+
+
+def run_mean_over_classes(case: Case, given: Inputs) -> Made:
+    loss, made = on_logits("soft_cross_entropy")(case, given)
+    return loss / given["student_logits"].shape[-1], made
+
+
+def run_minilm(case: Case, given: Inputs) -> Made:
+    student, teacher = ([given[f"{side}_{x}"] for x in "qkv"] for side in ("student", "teacher"))
+    mask = given["attention_mask"]
+    if case["method"] == "minilm":
+        values = minilm(tuple(student), tuple(teacher), mask)
+    else:
+        values = minilm_v2(tuple(student), tuple(teacher), mask, relation_heads=case["params"]["relation_heads"])
+    if case["variant"].endswith("seqmean"):
+        return torch.stack([x.mean() for x in values.split((mask != 0).sum(1).tolist())]).mean(), {}
+    return values.mean(), {}
+
+
+def run_patient(case: Case, given: Inputs) -> Made:
+    student, teacher = (given[k].flatten(0, -2) for k in ("student_cls", "teacher_cls"))
+    return patient(student, teacher, normalize="raw" not in case["variant"]).mean(), {}
+
+
+def run_distilbert(case: Case, given: Inputs) -> Made:
+    """kd over selected tokens, cross entropy with the language model's labels, and the cosine of attended hidden states."""
+    weights, labels, attended = case["params"], given["labels"], given["attention_mask"] != 0
+    student = given["student_logits"]
+    chosen = labels > -1 if weights["restrict_ce_to_mask"] else attended
+    parts = [weights["alpha_ce"] * on_logits("kd")({**case, "params": {"temperature": weights["temperature"]}}, picked(given, chosen))[0]]
+    shifted = weights["alpha_clm"] > 0
+    said, wanted_labels = (student[:, :-1], labels[:, 1:]) if shifted else (student, labels)
+    known = wanted_labels != -100
+    hard = LOSSES["cross_entropy"].function(said[known], wanted_labels[known]).mean()
+    parts.append((weights["alpha_clm"] if shifted else weights["alpha_mlm"]) * hard)
+    parts.append(weights["alpha_cos"] * scalar("cosine", given["student_hidden"][attended], given["teacher_hidden"][attended])[0])
+    return torch.stack(parts).sum(), {}
+
+
+def picked(given: Inputs, chosen: Tensor) -> Inputs:
+    return {k: given[k][chosen] for k in ("student_logits", "teacher_logits")}
+
+
 BUILT: dict[str, Callable[[Case, Inputs], Made]] = {
     "kd": on_logits("kd"),
     "kd_mix": run_kd_mix,
@@ -212,6 +271,12 @@ BUILT: dict[str, Callable[[Case, Inputs], Made]] = {
     "nst": on_features("nst"),
     "ofd": run_ofd,
     "cka": on_features("cka"),
+    "reviewkd": run_hcl,
+    "tinybert": run_tinybert,
+    "minilm": run_minilm,
+    "minilmv2": run_minilm,
+    "patientkd": run_patient,
+    "distilbert": run_distilbert,
     "hidden_cosine": run_hidden_cosine,
     "logit_cosine": run_logit_cosine,
     "hidden_mse": run_hidden_mse,

@@ -36,9 +36,12 @@ from limbeck.losses import (
     jsd,
     kd,
     kd_sigmoid,
+    minilm,
+    minilm_v2,
     mse_logits,
     nkd,
     nst,
+    patient,
     pkt,
     rkd_angle,
     rkd_distance,
@@ -47,6 +50,7 @@ from limbeck.losses import (
     soft_cross_entropy,
     wsld,
 )
+from limbeck.losses.transformers import heads
 from limbeck.objective import Objective, check_terms
 from limbeck.recipe import Term
 from limbeck.types import Batch, Outputs, Signal
@@ -656,6 +660,56 @@ def test_cosine_is_the_cosine() -> None:
     s, t = torch.randn(N, 3, 4, dtype=torch.float64), torch.randn(N, 3, 4, dtype=torch.float64)
     module = Cosine(tuple(s.shape), tuple(t.shape), student="a", teacher="b")
     torch.testing.assert_close(module(s, t), 1 - torch.nn.functional.cosine_similarity(s, t, dim=-1).mean(1))
+
+
+def test_patient_is_the_first_token_alone() -> None:
+    rng = np.random.default_rng(11)
+    s, t = rng.normal(size=(2, N, 3, 4))
+    first = [x[:, 0] / np.linalg.norm(x[:, 0], axis=1, keepdims=True) for x in (s, t)]
+    student, teacher = torch.tensor(s, requires_grad=True), torch.tensor(t)
+    values = patient(student, teacher)
+    np.testing.assert_allclose(values.detach(), ((first[0] - first[1]) ** 2).mean(1), rtol=1e-11)
+    np.testing.assert_allclose(patient(student, teacher, normalize=False).detach(), ((s - t)[:, 0] ** 2).mean(1), rtol=1e-11)
+    (gradient,) = torch.autograd.grad(values.sum(), student)
+    assert (gradient[:, 1:] == 0).all()
+
+
+def test_a_loss_of_whole_sequences_counts_samples() -> None:
+    term = Term.model_validate({"loss": "patient", "student": "a", "teacher": "b"})
+    shapes = {"shapes_student": {"a": (4, 3, 6)}, "shapes_teacher": {"b": (4, 3, 6)}}
+    objective = Objective.build([term], classes=["x"], label_counts=[1], **shapes)
+    words = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]])}
+    mask = torch.tensor([True, True, False, True])
+    batch = Batch(np.zeros((4, 2), np.uint64), 0, words, None, torch.full((4,), -1), mask)
+    s, t = torch.randn(2, 4, 3, 6)
+    assert objective.counts(batch) == {"patient": 3}
+    got, _ = objective(Outputs(torch.zeros(4, 2), {"a": s}), Signal(None, {"b": t}), batch, progress=0.0, counts={"patient": 3})
+    torch.testing.assert_close(got, patient(s[mask], t[mask]).mean())
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_relations_of_attention_do_not_see_padding(padding: bool) -> None:
+    g = torch.Generator().manual_seed(12)
+    student = [torch.randn(2, 4, 8, generator=g, dtype=torch.float64).requires_grad_() for _ in "qkv"]
+    teacher = [torch.randn(2, 4, 12, generator=g, dtype=torch.float64) for _ in "qkv"]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    apart = [
+        minilm_v2(tuple(x[i : i + 1, :n] for x in student), tuple(x[i : i + 1, :n] for x in teacher), mask[i : i + 1, :n], relation_heads=4)
+        for i, n in ((0, 4), (1, 2))
+    ]
+    poison = [x.detach().clone().requires_grad_() for x in student]
+    if padding:
+        with torch.no_grad():
+            for x in (*poison, *teacher):
+                x[1, 2:] = 1e6
+    together = minilm_v2(tuple(poison), tuple(teacher), mask, relation_heads=4)
+    torch.testing.assert_close(together, torch.cat(apart))
+    split = [tuple(heads(x, 2) for x in side) for side in (poison, teacher)]
+    torch.testing.assert_close(minilm(*split, mask)[:4], minilm(*[tuple(x[:1] for x in side) for side in split], mask[:1]))
+    gradients = torch.autograd.grad(together.sum() + minilm(*split, mask * 0).sum() + minilm(*split, mask).sum(), poison)
+    assert all(torch.isfinite(x).all() for x in gradients)
+    with pytest.raises(ValueError, match="5 heads"):
+        heads(poison[0], 5)
 
 
 def one(kind: Kind, corner: str, tensors: list[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Vid, attention_transfer, nst
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
+from limbeck.losses.transformers import minilm, minilm_v2, patient, tinybert_attention
 
 __all__ = [
     "LOSSES",
@@ -38,9 +39,12 @@ __all__ = [
     "kd",
     "kd_sigmoid",
     "kd_sparse",
+    "minilm",
+    "minilm_v2",
     "mse_logits",
     "nkd",
     "nst",
+    "patient",
     "pkt",
     "raised",
     "rkd_angle",
@@ -49,5 +53,6 @@ __all__ = [
     "shaped",
     "similarity_preserving",
     "soft_cross_entropy",
+    "tinybert_attention",
     "wsld",
 ]

@@ -9,6 +9,7 @@ from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Vid, attention_transfer, nst
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
+from limbeck.losses.transformers import of_first_tokens, patient
 
 __all__ = ["LOSSES"]
 
@@ -324,6 +325,21 @@ _ROWS = (
         source="Sanh et al. 2019 (DistilBERT), arXiv:1910.01108",
         cost="N D_student D_teacher",
         example={"student": "layer3", "teacher": "layer3", "projector": "auto"},
+    ),
+    LossEntry(
+        name="patient",
+        function=patient,
+        reads=("student.features", "teacher.features"),
+        per_item=True,
+        zero_at={},
+        shift_invariant=False,
+        summary="Match the direction of the first token of a layer. For BERT students with fewer layers of the same width, one term a layer.",
+        source="Sun et al. 2019 (Patient-KD), arXiv:1908.09355",
+        cost="N D",
+        weight=100.0,
+        example={"student": "layer3", "teacher": "layer3", "normalize": True},
+        fits=of_first_tokens,
+        sequences=True,
     ),
     LossEntry(
         name="vid",

@@ -14,7 +14,7 @@ from limbeck.errors import Problem, UsageError
 from limbeck.losses._seam import Layer, Path, Shape, of_maps, raised, shaped
 from limbeck.losses._shared import unit
 
-__all__ = ["Ofd", "Vid", "attention_transfer", "nst", "partial_l2", "pooled"]
+__all__ = ["Ofd", "Vid", "attention_transfer", "hcl", "nst", "partial_l2", "pooled"]
 
 
 def pooled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +72,28 @@ def nst(student: Tensor, teacher: Tensor) -> Tensor:
         return (a @ b.transpose(1, 2)).square().mean((1, 2))
 
     return kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)
+
+
+def hcl(student: Tensor, teacher: Tensor) -> Tensor:
+    """``sum over sizes of w * mean (s - t)^2 / sum of w``: one level of ReviewKD, at full size (w = 1) and averaged to 4 x 4, 2 x 2 and 1 x 1.
+
+    w halves from size to size; sizes that the map does not exceed are left out and halve nothing. student, teacher: (N, Ch, H, W) of one shape, what
+    ReviewKD's fusion gives for this level; the teacher gets no gradient. Returns (N,), 0 where they agree; the published loss is the sum over levels.
+    The fusion itself is not here, so this is a part, and no loss that a recipe can name.
+
+    Source: Chen et al. 2021, "Distilling Knowledge via Knowledge Review", arXiv:2104.09044, section 3 (hierarchical context loss), authors' code.
+
+    >>> hcl(torch.ones(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
+    tensor([1.])
+    """
+    student, teacher = raised(student), raised(teacher).detach()
+    total, weights, weight = (student - teacher).square().flatten(1).mean(1), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < student.shape[2]:
+            weight /= 2
+            apart = F.adaptive_avg_pool2d(student, size) - F.adaptive_avg_pool2d(teacher, size)
+            total, weights = total + weight * apart.square().flatten(1).mean(1), weights + weight
+    return total / weights
 
 
 class Vid(nn.Module):
