@@ -154,8 +154,9 @@ class LossEntry:
     sparse: the same loss on sparse teacher logits, an unbiased estimate of it at the temperature that they are of; None where such logits would
     bias it. fits: (student_shape, teacher_shape) of the features, batch first -> what to do where the loss cannot compare them, "" where it
     can; modules say so themselves. sequences: it takes features by token, (N, T, D), whole, and counts samples. weight: the
-    authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on what it compares, and one on when that helps. source: where it was published. cost: the work of
-    one step beside the models' own, in N items, C classes, D features.
+    authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on
+    what it compares, and one on when that helps. source: where it was published. cost: the work of one step beside the models' own, in N items,
+    C classes, D features.
 
     Where a loss is a function of features, the paths of their layers, ``student`` and ``teacher``, are parameters of the recipe that the
     function itself never sees.
