@@ -170,7 +170,7 @@ class LossEntry:
     shift_invariant: bool
     summary: str
     source: str
-    cost: str
+    cost: str = ""
     weight: float = 1.0
     example: Mapping[str, Any] = field(default_factory=dict)
     sparse: Callable[..., Any] | None = None
