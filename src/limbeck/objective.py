@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed, nearest
-from limbeck.losses import LOSSES, LossEntry, Parameter, raised
+from limbeck.losses import LOSSES, LossEntry, Parameter, raised, shaped
 from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
@@ -286,12 +286,18 @@ class _Term(nn.Module):
         if missing:
             raise UsageError(missing)
         feature = [shapes[side][p] for side, p in self.layers.items()]
-        self.tokens = any(len(s) == 3 for s in feature)
+        self.tokens = not self.entry.sequences and any(len(s) == 3 for s in feature)
         if self.entry.learned:
             self.loss: Any = self.entry.function(*feature, **values)
             self.values: dict[str, Any] = {}
         else:
-            self.loss, self.values = self.entry.function, values
+            if self.entry.fits is not None:
+                advice = self.entry.fits(*feature)
+                if advice:
+                    gives = ", ".join(f"layer '{p}' of the {side} gives {shaped(shapes[side][p])}" for side, p in self.layers.items())
+                    raise UsageError(Problem("student", f"{term.loss} cannot compare these: {gives}.", advice))
+            paths = {p.name for p in self.entry.parameters.values() if p.layer is not None}  # for the capture, not for the function
+            self.loss, self.values = self.entry.function, {key: value for key, value in values.items() if key not in paths}
         self._schedules = {key: value for key, value in self.values.items() if isinstance(value, Schedule)}
 
     @property

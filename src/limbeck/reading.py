@@ -265,6 +265,12 @@ def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Prob
             text = f"no term of the objective uses the teacher (the terms: {used})."
             problems.append(Problem("objective", text, "Add kd (--alpha above 0), or use `limbeck train`."))
         problems += _kept_answers(plain, terms)
+    mixed = check.look(plain, "data.augment.mixup")
+    if isinstance(mixed, int | float) and mixed > 0:
+        for i, term in enumerate(terms):
+            if LOSSES[term.loss].hard_labels:
+                text = f"{term.loss} needs one class a sample, and data.augment.mixup blends the labels of two."
+                problems.append(Problem(f"objective.{i}.loss", text, "Use kd, which reads no labels, or set mixup to 0."))
     return problems
 
 
@@ -308,6 +314,10 @@ def _kept_answers(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> Iterat
             exact = listed([e.name for e in LOSSES.values() if e.sparse is not None])
             text = f"{term.loss} would be biased on the sparse codec, which is for {exact} alone."
             yield Problem(f"{where}.loss", text, "Use teacher_cache.codec: float16.")
+            continue
+        if (term.model_extra or {}).get("standardize"):
+            text = "is true, which takes all logits, and the sparse codec keeps a few."
+            yield Problem(f"objective.{i}.standardize", text, "Use teacher_cache.codec: float16.")
             continue
         own = (term.model_extra or {}).get("temperature", entry.parameters["temperature"].default)
         if not isinstance(own, int | float):

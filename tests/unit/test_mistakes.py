@@ -112,6 +112,15 @@ READING = {
     "momentum with adamw": recipe(GOOD + "train: {momentum: 0.9}\n", "train.momentum", "sgd"),
     "betas with sgd": recipe(GOOD + "train: {optimizer: sgd, betas: [0.9, 0.99]}\n", "train.betas", "adam"),
     "texts' settings for images": recipe(GOOD.replace("digits", "{source: digits, max_length: 64}"), "data.max_length", "texts"),
+    "dkd with blended labels": recipe(
+        "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: {source: digits, augment: {mixup: 0.2}}\nobjective: [{loss: dkd}]\n",
+        "objective.0.loss",
+        "mixup blends",
+    ),
+    "standardised logits of a few": recipe(
+        GOOD + "objective: [{loss: kd, standardize: true}]\nteacher_cache: {codec: sparse}\n", "objective.0.standardize", "float16"
+    ),
+    "standardize in words": recipe(GOOD + "objective: [{loss: kd, standardize: perhaps}]\n", "objective.0.standardize", "true or false"),
     "images' settings for texts": recipe(TEXTS + "data: {source: csv:good.csv, augment: {mixup: 0.2}}\n", "data.augment", "images"),
     "two sizes of test data": recipe(GOOD.replace("digits", "{source: npz:good.npz, test: good.npz, test_fraction: 0.5}"), "test_fraction"),
     "a teacher in train": recipe(GOOD, "teacher", "limbeck distill", command="train"),
