@@ -267,10 +267,10 @@ def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Prob
         problems += _kept_answers(plain, terms)
     mixed = check.look(plain, "data.augment.mixup")
     if isinstance(mixed, int | float) and mixed > 0:
-        for i, term in enumerate(terms):
+        for where, term in terms.items():
             if LOSSES[term.loss].hard_labels:
                 text = f"{term.loss} needs one class a sample, and data.augment.mixup blends the labels of two."
-                problems.append(Problem(f"objective.{i}.loss", text, "Use kd, which reads no labels, or set mixup to 0."))
+                problems.append(Problem(f"{where}.loss", text, "Use kd, which reads no labels, or set mixup to 0."))
     return problems
 
 
@@ -317,7 +317,7 @@ def _kept_answers(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> Iterat
             continue
         if (term.model_extra or {}).get("standardize"):
             text = "is true, which takes all logits, and the sparse codec keeps a few."
-            yield Problem(f"objective.{i}.standardize", text, "Use teacher_cache.codec: float16.")
+            yield Problem(f"{where}.standardize", text, "Use teacher_cache.codec: float16.")
             continue
         own = (term.model_extra or {}).get("temperature", entry.parameters["temperature"].default)
         if not isinstance(own, int | float):
