@@ -139,6 +139,12 @@ READING = {
     "a hint without layers": recipe(GOOD + "objective: [{loss: hint}]\n", "objective.0", "student", "teacher"),
     "temp beside an objective": recipe(GOOD + "objective: [kd]\n", "--temp", "objective", options=("--temp", "2")),
     # stages
+    "a stage of dkd with blended labels": recipe(
+        "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: {source: digits, augment: {mixup: 0.2}}\n"
+        "train: {stages: [{epochs: 1}, {epochs: 1, objective: [{loss: dkd}]}]}\n",
+        "train.stages.1.objective.0.loss",
+        "mixup blends",
+    ),
     "a stage without epochs": recipe(GOOD + "train: {stages: [{fraction: 0.1}]}\n", "train.stages.0.epochs: is missing"),
     "a fraction in percent": recipe(GOOD + "train: {stages: [{fraction: 10, epochs: 1}]}\n", "train.stages.0.fraction", "at most 1"),
     "no stage": recipe(GOOD + "train: {stages: []}\n", "train.stages: got []"),
