@@ -311,7 +311,7 @@ def attention(
                 axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
                 axis.set_yticks(range(len(tokens)), tokens, fontsize=8)
             of = "mean over heads" if head is None else f"head {head}"
-            axis.set(title=f"{name}, layer {layer % len(layers)} of {len(layers)}, {of}", xlabel="looks at")
+            axis.set(title=f"{name}, layer {layer % len(layers) + 1} of {len(layers)}, {of}", xlabel="looks at")
     return figure
 
 
