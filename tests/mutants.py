@@ -56,6 +56,9 @@ SPLITS = ("unit/test_data_splits.py",)
 CHECKPOINT = ("unit/test_checkpoint.py",)
 CRASHED = ("faults/test_faults.py::test_r4_a_crash_after_every_event_of_a_checkpoint",)
 
+PLACEMENT = ("unit/test_placement.py",)
+AHEAD = "                before = request, batch, future\n            if before is not None:"
+DUE = "self._present = future\n                yield request, batch"
 RUN = ("unit/test_run.py",)
 RECOMPUTE = ("unit/test_recompute.py",)
 MEMORY = ("unit/test_memory.py",)
@@ -99,6 +102,12 @@ MUTANTS = (
         MEMORY,
     ),
     Mutant("nobody-waits", "loop.py", "self._waited += time.perf_counter() - began", "self._waited += 0.0", MEMORY),
+    # --- where the teacher sits
+    Mutant("asked-when-it-is-due", "placement.py", AHEAD, AHEAD.replace("before = request, batch, future", DUE), PLACEMENT),
+    Mutant("asked-about-whole-steps", "placement.py", "in cuts(len(whole), accumulate)]", "in cuts(len(whole), 1)]", PLACEMENT),
+    Mutant(
+        "strides-not-kept", "placement.py", "sorted(range(tensor.ndim), key=lambda i: -strides[i])", "list(range(tensor.ndim))", PLACEMENT
+    ),
     # --- losses
     Mutant("no-temperature-squared", "losses/logits.py", "return temperature**2 * divergence", "return divergence", LOSSES),
     Mutant(

@@ -14,6 +14,7 @@ from limbeck.engine import Engine
 from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, wrap_module
 from limbeck.objective import Objective
+from limbeck.placement import Ahead, live_of
 from limbeck.progress import Progress
 from limbeck.randomness import forked
 from limbeck.recipe import Term, Train
@@ -95,7 +96,7 @@ def run_fit(
     *,
     data: Data | None = None,
     student: Model | None = None,
-    teacher: LiveTeacher | None = None,
+    teacher: LiveTeacher | Ahead | None = None,
     objective: Objective | None = None,
     train: Train | None = None,
     workers: int = 0,
@@ -109,6 +110,8 @@ def run_fit(
     student = student or wrap_module(made(Small, "student"), role="student", data=data)
     engine = Engine(torch.device("cpu"), train.precision)
     teacher = teacher or LiveTeacher(wrap_module(made(Big, "teacher"), role="teacher", data=data), engine)
+    live = live_of(teacher)
+    assert live is not None
     objective = objective or Objective.build(KD_MIX, classes=data.classes, label_counts=np.bincount(data.train.labels.clip(0)))
     plan = Plan(
         data.train, seed=seed, data_seed=0, epochs=train.epochs, batch_size=train.batch_size, views=None, lengths=None, drop_single=False
@@ -116,7 +119,7 @@ def run_fit(
     builder = BatchBuilder(
         data.train,
         student=student.preprocessing,
-        teacher=teacher.model.preprocessing,
+        teacher=live.model.preprocessing,
         augment=None,
         data_seed=0,
         num_classes=len(data.classes),

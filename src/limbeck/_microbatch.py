@@ -21,10 +21,11 @@ from limbeck.memory import available, largest
 from limbeck.models import Capture, Model, Recomputed
 from limbeck.objective import Objective
 from limbeck.optimizer import make_optimizer
+from limbeck.placement import asked_in_the_loop
 from limbeck.progress import Progress
 from limbeck.randomness import seed_for
 from limbeck.recipe import Recipe, Train
-from limbeck.teacher import LiveTeacher, Teacher
+from limbeck.teacher import Teacher
 from limbeck.types import Batch
 
 __all__ = ["copies_of", "fewest", "how_to_train", "settled", "with_accumulate"]
@@ -115,7 +116,7 @@ def settled(
         return settings.accumulate, None
     if engine is None:
         engine = Engine(device, "float32" if settings.precision == "auto" else settings.precision, settings.layout or "channels_first")
-    batch = parts.widest_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
+    batch = parts.widest_batch(recipe, with_teacher=teacher is not None, ask=asked_in_the_loop(teacher))
     rows = len(batch)
     began = time.perf_counter()
     try:

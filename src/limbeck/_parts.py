@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -112,6 +113,10 @@ class Parts:
         split = self.data.train if with_teacher else self.labelled
         plan = self.plan(split, epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed)
         return Feed(plan, self.builder(split, teacher=ask, training=True), plan.steps_per_epoch, workers, pin_memory)
+
+    def teacher_feed(self, beside: Feed) -> Feed:
+        """What a teacher reads on ranks of its own: the rows of the students' feed, in its own preparation alone."""
+        return replace(beside, builder=self.builder(self.data.train, training=True, student=self.teacher))
 
     def baseline_feed(self, recipe: Recipe, *, workers: int = 0, pin_memory: bool = False) -> Feed:
         """What the baseline reads: the labelled rows, for as many optimiser steps of the same size as the student beside its teacher."""

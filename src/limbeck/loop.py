@@ -89,7 +89,8 @@ def fit(
     from a generator seeded by (seed, step, microbatch, rank), so nothing of a global generator has to be saved (law 4).
 
     Each of several ranks takes its share of every step's rows; counts, gradients and the logged loss are sums over all of them. The main rank alone
-    writes, and what it finds in a checkpoint is given to the others.
+    writes, and what it finds in a checkpoint is given to the others. Ranks that only teach go along with it
+    (:func:`limbeck.placement.attend`).
 
     Raises: NonFinite at the step whose loss or gradient is not finite, before the weights are touched; Interrupted after a checkpoint when
     ``recorder.stop`` says so.
@@ -116,6 +117,7 @@ def fit(
         done.resumed_from.append(found[0])
         recorder.log.write({"role": recorder.role, "step": found[0], "resumed_from": found[0]})
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
+    ranks.tell(done.steps)
     touch = Step(optimizer)
     began = time.perf_counter() - done.seconds
     rate, wait = _Rate(), _Wait(feed.workers)
@@ -136,7 +138,10 @@ def fit(
         compute = _Compute(student, objective, capture, engine)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
         how: Any = {"workers": feed.workers, "pin_memory": feed.pin_memory, "ranks": ranks.local_size, "say": recorder.progress.say}
-        for request, whole in wait.over(stream(feed.builder, requests, **how)):
+        coming = wait.over(stream(feed.builder, requests, **how))
+        if teacher is not None:
+            coming = teacher.ahead(coming, objective.teacher_needs, int(settings.accumulate))
+        for request, whole in coming:
             selection = objective.select(whole)
             items, *counted = ranks.sum([len(whole) if request.counted else 0, *selection.counts.values()])
             counts = dict(zip(selection.counts, counted, strict=True))
@@ -219,7 +224,7 @@ def fit(
                 _close_epoch(epoch, epochs, state, done, settings, recorder)
                 rate.restart()
                 wait.restart()
-            leaving = ranks.any(recorder.stop())
+            leaving = ranks.anywhere(recorder.stop())
             if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
                 commit()
             if leaving:
