@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,7 +157,8 @@ class Ahead:
             for request, batch in coming:
                 future = pool.submit(self._answers, request, batch, needs, accumulate)
                 if before is None:
-                    _refuse_draws(future)
+                    with _no_draws():
+                        future.result()
                 else:
                     self._present = before[2]
                     yield before[:2]
@@ -198,13 +199,14 @@ def _tensors(signal: Signal) -> list[Tensor]:
     return [*([] if signal.logits is None else [signal.logits]), *signal.features.values()]
 
 
-def _refuse_draws(first: Future[_Answers]) -> None:
-    """A teacher that draws from the global generator would take numbers from the student's dropout, whenever it happens to run. While it answers
-    to the first batch, nobody else draws."""
+@contextmanager
+def _no_draws() -> Iterator[None]:
+    """Refuses a teacher that draws from the global generator, at an answer during which nobody else does: in a thread it would take numbers from the
+    student's dropout, whenever it happens to run, and on a rank of its own a resumed run would see others."""
     state = torch.get_rng_state()
-    first.result()
+    yield
     if not torch.equal(state, torch.get_rng_state()):
-        text = "draws random numbers while it answers, and beside a student that trains meanwhile they would be other ones in every run."
+        text = "draws random numbers while it answers; away from the student they would be other ones in every run."
         raise UsageError(Problem("teacher", text, "Use teacher.placement: same."))
 
 
@@ -300,7 +302,8 @@ def attend(
     def answer(step: int) -> None:
         while teacher is not None and turns and turns[0][0] == step:
             _, batch = next(coming)
-            signals = _answered(teacher, replace(batch, teacher=batch.student), needs, int(settings.accumulate), dtype)
+            with _no_draws():
+                signals = _answered(teacher, replace(batch, teacher=batch.student), needs, int(settings.accumulate), dtype)
             under_way.extend(_send(signals, step, turns.popleft()[1], lane))
 
     answer(start)

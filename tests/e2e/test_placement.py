@@ -166,6 +166,20 @@ class TestDevice:
 
 
 class TestRanks:
+    def test_one_process_plans_it_and_cannot_run_it(self, there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = placed(there, "ranks:1")
+        assert limbeck("distill", path, "--dry-run", "--json", "--out", tmp_path / "run") == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["choices"]["teacher_placement"]["value"] == "ranks:1"
+        assert plan["memory"]["teacher_apart"]
+        student, times = plan["memory"]["student"], plan["time"]
+        alone = sum(student[f"{name}_bytes"] for name in ("weights", "projections", "gradients", "optimizer", "activations", "copies"))
+        assert plan["memory"]["total_bytes"] == alone
+        both = (times["student_step_ms"] + times["teacher_step_ms"] + times["loader_batch_with_teacher_ms"]) * 3 * 50 / 16 / 1000
+        assert times["live_seconds"] - times["baseline_seconds"] < both
+        assert limbeck("distill", path, "--out", tmp_path / "run") == 2
+        assert not (tmp_path / "run").exists()
+
     @pytest.mark.parametrize(("teachers", "size"), [(1, 2), (1, 3), (2, 3), (2, 4)])
     def test_the_bytes_are_those_of_a_teacher_beside_each_student(self, there: Path, tmp_path: Path, teachers: int, size: int) -> None:
         out = tmp_path / "run"
@@ -238,6 +252,7 @@ class TestRanks:
         for name, code, once in (
             ("poisoned", 3, "the teacher's logits has NaN or infinity for samples"),
             ("breaking", 1, "AssertionError: the teacher has fallen over"),
+            ("drawing", 2, "teacher: draws random numbers while it answers"),
         ):
             asked = tmp_path / f"asked-{name}"
             asked.touch()
