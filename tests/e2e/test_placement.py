@@ -122,9 +122,8 @@ def equal(one: Path, other: Path) -> None:
 
 class TestDevice:
     def test_the_bytes_are_those_of_a_teacher_beside_the_student(self, there: Path, tmp_path: Path) -> None:
-        metrics = run("distill", placed(there, "device:cpu"), out=tmp_path / "run")
+        run("distill", placed(there, "device:cpu"), out=tmp_path / "run")
         equal(there / "same-1", tmp_path / "run")
-        assert metrics["cost"]["teacher_items"] == read(there / "same-1/metrics.json")["cost"]["teacher_items"]
         assert read(tmp_path / "run/environment.json")["choices"]["teacher_placement"]["value"] == "device:cpu"
 
     def test_stopped_and_resumed(self, there: Path, tmp_path: Path) -> None:
@@ -185,11 +184,8 @@ class TestRanks:
         out = tmp_path / "run"
         codes, said = ended(ranks(size, "distill", placed(there, f"ranks:{teachers}"), "--out", out, said=tmp_path / "said"))
         assert codes == [0] * size, said
-        beside = there / f"same-{size - teachers}"
-        equal(beside, out)
-        one, other = (read(folder / "metrics.json")["cost"] for folder in (beside, out))
-        assert one["teacher_items"] == other["teacher_items"]
-        assert other["teacher_seconds"] > 0
+        equal(there / f"same-{size - teachers}", out)
+        assert read(out / "metrics.json")["cost"]["teacher_seconds"] > 0
         environment = read(out / "environment.json")
         assert environment["world_size"] == size
         assert environment["choices"]["teacher_placement"]["value"] == f"ranks:{teachers}"
@@ -215,7 +211,11 @@ class TestRanks:
         assert codes == [75] * 3, said
         assert said.count("after a checkpoint") == 1
         assert "Traceback" not in said
-        assert len(steps(out, role)) < 12
+        at = steps(out, role)[-1]
+        assert at < 12
+        # it was asked a step ahead; the last step of an epoch has 2 rows, which one student takes, and the other goes along with 2
+        asked = [16, 16, 16, 4] * 3
+        assert read(out / "checkpoints/cost.json")["teacher_items"] == sum(asked if role == "baseline" else asked[: at + 1])
         codes, said = ended(ranks(3, "distill", path, "--out", out, "--resume", said=tmp_path / "last"))
         assert codes == [0] * 3, said
         equal(there / "same-2", out)
