@@ -53,6 +53,9 @@ BASELINE = ("unit/test_baseline.py",)
 VIEWS = ("unit/test_data_views.py",)
 BATCHES = ("unit/test_data_batches.py",)
 SPLITS = ("unit/test_data_splits.py",)
+STAGES = ("unit/test_stages.py",)
+ALIKE = ("e2e/test_gathered.py::test_ranks_with_other_numbers_of_microbatches_go_together",)
+GATHERED = ("e2e/test_gathered.py::test_ranks_end_in_the_weights_of_one_process",)
 CHECKPOINT = ("unit/test_checkpoint.py",)
 CRASHED = ("faults/test_faults.py::test_r4_a_crash_after_every_event_of_a_checkpoint",)
 
@@ -104,7 +107,7 @@ MUTANTS = (
     Mutant("nobody-waits", "loop.py", "self._waited += time.perf_counter() - began", "self._waited += 0.0", MEMORY),
     # --- where the teacher sits
     Mutant("asked-when-it-is-due", "placement.py", AHEAD, AHEAD.replace("before = request, batch, future", DUE), PLACEMENT),
-    Mutant("asked-about-whole-steps", "placement.py", "in cuts(len(whole), accumulate)]", "in cuts(len(whole), 1)]", PLACEMENT),
+    Mutant("asked-about-whole-steps", "placement.py", "for start, stop in parts]", "for start, stop in [(0, len(whole))]]", PLACEMENT),
     Mutant(
         "strides-not-kept", "placement.py", "sorted(range(tensor.ndim), key=lambda i: -strides[i])", "list(range(tensor.ndim))", PLACEMENT
     ),
@@ -113,13 +116,59 @@ MUTANTS = (
     Mutant(
         "student-detached",
         "losses/logits.py",
-        "log_student = F.log_softmax(raised(student) / temperature, dim=-1)\n    log_teacher",
-        "log_student = F.log_softmax(raised(student).detach() / temperature, dim=-1)\n    log_teacher",
+        "student, teacher = raised(student),",
+        "student, teacher = raised(student).detach(),",
         LOSSES,
     ),
-    Mutant("kl-swapped", "losses/logits.py", "_kl(log_teacher, log_student)", "_kl(log_student, log_teacher)", LOSSES),
-    Mutant("teacher-not-softened", "losses/logits.py", "raised(teacher).detach() / temperature", "raised(teacher).detach()", LOSSES),
-    Mutant("teacher-gets-gradient", "losses/logits.py", "raised(teacher).detach() / temperature", "raised(teacher) / temperature", LOSSES),
+    Mutant(
+        "kl-swapped",
+        "losses/logits.py",
+        "kl(log_softmax(teacher, temperature), log_softmax(student, temperature))",
+        "kl(log_softmax(student, temperature), log_softmax(teacher, temperature))",
+        LOSSES,
+    ),
+    Mutant("teacher-not-softened", "losses/logits.py", "kl(log_softmax(teacher, temperature)", "kl(log_softmax(teacher, 1.0)", LOSSES),
+    Mutant(
+        "teacher-gets-gradient", "losses/logits.py", "raised(student), raised(teacher).detach()", "raised(student), raised(teacher)", LOSSES
+    ),
+    Mutant("biased-standard-deviation", "losses/_shared.py", "(count - 1).clamp(min=1).sqrt()", "count.clamp(min=1).sqrt()", LOSSES),
+    Mutant("a-masked-class-has-no-gradient-left", "losses/_shared.py", "log_q.masked_fill(none, 0.0))).sum(-1)", "log_q)).sum(-1)", LOSSES),
+    Mutant(
+        "dkd-masks-with-1000",
+        "losses/targets.py",
+        "others = logits.masked_fill(chosen, -torch.inf)",
+        "others = logits - 1000.0 * chosen",
+        LOSSES,
+    ),
+    Mutant(
+        "nkd-at-one-temperature",
+        "losses/targets.py",
+        "log_softmax(teacher, 1.0).gather",
+        "log_softmax(teacher, temperature).gather",
+        LOSSES,
+    ),
+    Mutant(
+        "wsld-weights-get-gradient",
+        "losses/targets.py",
+        "F.cross_entropy(student.detach(), labels",
+        "F.cross_entropy(student, labels",
+        LOSSES,
+    ),
+    Mutant(
+        "jsd-from-the-other-side",
+        "losses/divergences.py",
+        "ours, theirs = math.log1p(-beta), math.log(beta)",
+        "theirs, ours = math.log1p(-beta), math.log(beta)",
+        LOSSES,
+    ),
+    Mutant("dist-clamps-instead-of-adding", "losses/relations.py", "/ (norms + eps)", "/ norms.clamp(min=eps)", LOSSES),
+    Mutant(
+        "dkd-with-blended-labels",
+        "losses/_table.py",
+        '"temperature": 4.0},\n        hard_labels=True,',
+        '"temperature": 4.0},',
+        ("unit/test_mistakes.py",),
+    ),
     Mutant("losses-in-half", "losses/_seam.py", "return x.float() if x.dtype in", "return x if x.dtype in", LOSSES),
     Mutant(
         "label-smoothing-ignored",
@@ -136,6 +185,43 @@ MUTANTS = (
         LOSSES,
     ),
     Mutant("hint-not-projected", "losses/features.py", "student = self.projection(raised(student))", "student = raised(student)", LOSSES),
+    Mutant(
+        "rows-of-length-1-by-l1",
+        "losses/relations.py",
+        "(unit(s @ s.T) - unit(t @ t.T))",
+        "(F.normalize(s @ s.T, 1) - F.normalize(t @ t.T, 1))",
+        LOSSES,
+    ),
+    Mutant(
+        "rkd-distances-not-in-units",
+        "losses/relations.py",
+        "return distances / (distances.sum() / pairs if len(x) > 1 else 1.0)",
+        "return distances",
+        LOSSES,
+    ),
+    Mutant("rkd-mean-over-the-diagonal", "losses/relations.py", "max(len(x) * (len(x) - 1), 1)", "max(len(x) * len(x), 1)", LOSSES),
+    Mutant("cka-not-centred", "losses/relations.py", "s, t = s - s.mean(0), t - t.mean(0)", "", LOSSES),
+    Mutant(
+        "zero-vectors-explode",
+        "losses/_shared.py",
+        "return (x / length.masked_fill(short, 1.0)).masked_fill(short, 0.0)",
+        "return F.normalize(x, dim=-1, eps=eps)",
+        LOSSES,
+    ),
+    Mutant("attention-of-signed-features", "losses/maps.py", "unit(x.abs().pow(p).mean(1)", "unit(x.mean(1)", LOSSES),
+    Mutant("nst-of-first-degree", "losses/maps.py", "(a @ b.transpose(1, 2)).square()", "(a @ b.transpose(1, 2))", LOSSES),
+    Mutant("vid-without-its-variance", "losses/maps.py", " + variance.log())", " )", LOSSES),
+    Mutant("ofd-whole-l2", "losses/maps.py", " * ((student > target) | (target > 0))", "", LOSSES),
+    Mutant("padded-keys-count", "losses/transformers.py", "scores.masked_fill(padded & ~nobody, -torch.inf)", "scores", LOSSES),
+    Mutant("patient-with-every-token", "losses/transformers.py", "x[:, 0] if x.ndim == 3", "x.mean(1) if x.ndim == 3", LOSSES),
+    Mutant(
+        "hcl-halves-for-sizes-left-out",
+        "losses/maps.py",
+        "        if size < student.shape[2]:\n            weight /= 2\n",
+        "        weight /= 2\n        if size < student.shape[2]:\n",
+        LOSSES,
+    ),
+    Mutant("a-loss-of-maps-takes-vectors", "objective.py", "if self.entry.fits is not None:", "if False:", LOSSES),
     # --- the objective
     Mutant(
         "mask-dropped",
@@ -294,8 +380,8 @@ MUTANTS = (
     Mutant(
         "order-without-epoch",
         "data/batches.py",
-        'order(self._count, self.seed, "order", epoch)',
-        'order(self._count, self.seed, "order")',
+        'order(self.count, self.seed, "order", self.first_epoch + epoch)',
+        'order(self.count, self.seed, "order")',
         BATCHES,
     ),
     Mutant("view-never-changes", "data/batches.py", "epoch if self.views is None else epoch % self.views", "0", BATCHES),
@@ -384,6 +470,38 @@ MUTANTS = (
         "optimizer = make_optimizer(settings, [module])",
         ("unit/test_loop.py::test_a_hint_trains_its_projection_and_leaves_no_hook",),
     ),
+    # --- stages
+    Mutant("subsets-are-not-nested", "data/batches.py", 'data_seed, "fraction")', 'data_seed, "fraction", fraction)', STAGES),
+    Mutant("every-stage-begins-with-view-0", "data/batches.py", "        epoch = self.first_epoch + (", "        epoch = (", STAGES),
+    Mutant("a-rate-of-a-stage-is-forgotten", "loop.py", "top = settings.lr if own is None else own", "top = settings.lr", STAGES),
+    Mutant("one-objective-for-all-stages", "loop.py", "goal = objective.at(request.stage)", "goal = objective.at(0)", STAGES),
+    Mutant("every-stage-asks-what-the-first-one-does", "loop.py", "own = objective.at(request.stage)", "own = objective.at(0)", STAGES),
+    Mutant("a-teacher-is-tried-when-nobody-asks", "placement.py", "if needs is not None and not tried:", "if before is None:", STAGES),
+    Mutant("a-projection-begins-again", "objective.py", "kept.setdefault((term.name, own, shapes), term.loss)", "term.loss", STAGES),
+    Mutant(
+        "the-baseline-reads-all-rows",
+        "_parts.py",
+        "rows = self._labelled_of(stage)\n                plans",
+        "rows = None\n                plans",
+        STAGES,
+    ),
+    Mutant(
+        "all-rows-are-asked-of-the-teacher",
+        "_teaching.py",
+        "Request(view, keys) if rows is None else",
+        "Request(view, keys) if True else",
+        STAGES,
+    ),
+    # --- relational losses on several ranks
+    Mutant("shares-are-cut-as-they-like", "loop.py", "alike=own.relational", "alike=False", ALIKE),
+    Mutant(
+        "gathered-without-the-others-gradient",
+        "ranks.py",
+        "        if summed.numel():\n            dist.all_reduce(summed, group=group)\n",
+        "",
+        GATHERED,
+    ),
+    Mutant("each-rank-counts-all-values", "objective.py", "return values[own]", "return values", GATHERED),
     # --- resume
     Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", RESUME),
     Mutant("resume-without-average", "loop.py", 'value.copy_(saved["average"][name])', "pass", RESUME),
@@ -408,8 +526,8 @@ MUTANTS = (
     Mutant(
         "baseline-with-fewer-steps",
         "_parts.py",
-        "epochs=steps, batch_size=size, seed=recipe.seed, total_steps=steps",
-        "epochs=recipe.train.epochs, batch_size=size, seed=recipe.seed",
+        "batch_size=size, seed=recipe.seed, total_steps=steps",
+        "batch_size=size, seed=recipe.seed",
         BASELINE,
     ),
     Mutant(
@@ -422,7 +540,7 @@ MUTANTS = (
     Mutant(
         "a-teacher-of-another-training",
         "_sweep_share.py",
-        "_text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe), recipe.teacher_cache.views])",
+        "_text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe.objective), recipe.teacher_cache.views])",
         "_text([model, train, data, recipe.task, recipe.seed, recipe.teacher_cache.views])",
         ("e2e/test_sweep.py::test_a_teacher_is_trained_again_where_its_own_training_is_varied",),
     ),

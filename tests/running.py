@@ -250,6 +250,20 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: value.tobytes() for name, value in load_file(folder / "model.safetensors").items()}
 
 
+def several(size: int, *arguments: Any, out: Path, **environment: str) -> dict[str, Any]:
+    """A run of so many ranks that succeeds; its metrics.json."""
+    codes, said = ended(ranks(size, *arguments, "--out", out, said=out.with_suffix(".said"), **environment))
+    assert codes == [0] * size, said
+    return dict(read(out / "metrics.json"))
+
+
+def distance(one: Path, other: Path) -> float:
+    """The largest difference between two saved models, relative to the largest weight."""
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    return max(float(np.abs(a[k].astype(np.float64) - b[k]).max() / max(1.0, np.abs(a[k]).max())) for k in a if a[k].size)
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

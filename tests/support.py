@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from limbeck.data import BatchBuilder, Data, Plan, data_from_python
+from limbeck.data import BatchBuilder, Data, Plan, StagedPlan, data_from_python
 from limbeck.engine import Engine
 from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, wrap_module
-from limbeck.objective import Objective
+from limbeck.objective import Objective, StagedObjective
 from limbeck.placement import Ahead, live_of
 from limbeck.progress import Progress
 from limbeck.randomness import forked
+from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Term, Train
-from limbeck.run import Log
+from limbeck.run import Log, NoLog
 from limbeck.teacher import LiveTeacher
 
 FEATURES, CLASSES = 6, 4
@@ -97,12 +98,15 @@ def run_fit(
     data: Data | None = None,
     student: Model | None = None,
     teacher: LiveTeacher | Ahead | None = None,
-    objective: Objective | None = None,
+    objective: Objective | StagedObjective | None = None,
     train: Train | None = None,
     workers: int = 0,
     stop: Any = lambda: False,
     seed: int = 3,
     validate: Any = None,
+    plan: StagedPlan | None = None,
+    builder: Any = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Model, Trained]:
     """One fit on toy data; the defaults make a teacher and a student that differ."""
     data = data or toy_data()
@@ -113,10 +117,8 @@ def run_fit(
     live = live_of(teacher)
     assert live is not None
     objective = objective or Objective.build(KD_MIX, classes=data.classes, label_counts=np.bincount(data.train.labels.clip(0)))
-    plan = Plan(
-        data.train, seed=seed, data_seed=0, epochs=train.epochs, batch_size=train.batch_size, views=None, lengths=None, drop_single=False
-    )
-    builder = BatchBuilder(
+    plan = plan or StagedPlan([Plan(data.train, seed=seed, data_seed=0, epochs=train.epochs, batch_size=train.batch_size)])
+    builder = builder or BatchBuilder(
         data.train,
         student=student.preprocessing,
         teacher=live.model.preprocessing,
@@ -126,10 +128,10 @@ def run_fit(
         dtype=engine.dtype,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    log = Log(folder, tensorboard=False)
+    log = Log(folder, tensorboard=False) if ranks.main else NoLog()
     recorder = Recorder("student", folder / "checkpoints", log, Progress("none"), stop, validate)
     try:
-        trained = fit(student, teacher, objective, Feed(plan, builder, plan.steps_per_epoch, workers), engine, train, seed, recorder)
+        trained = fit(student, teacher, objective, Feed(plan, builder, plan.rounds, workers), engine, train, seed, recorder, ranks)
     finally:
         log.close()
     return student, trained

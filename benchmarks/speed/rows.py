@@ -56,7 +56,11 @@ ROWS = {
     ),
     "P9": Row("opening a 10 GB cache to the first batch", "-", "0.5 s, +50 MB resident, flat in size", store.opening),
     "P10": Row(
-        "K = 1, 4, 16, live: accuracy against time, 3 seeds", "live", "the default K within 0.3 points or the noise", scale.views, alone=True
+        "K = 1, 4, 16, live: accuracy against time, 3 seeds",
+        "live",
+        "the default K within 0.3 points or the noise",
+        scale.views,
+        alone=True,
     ),
     "P11": Row(
         "growth in epochs, samples, classes, teacher size",

@@ -184,7 +184,7 @@ def _verify(answers: Answers, purpose: str, folder: Path, stored: Stored, live: 
         keys = request.keys[there]
         parts, rows = reader.locate(keys, request.view)
         told = stored.read(reader, parts, rows, None)
-        batch = builder(BatchRequest(0, 0, request.view, there))
+        batch = builder(BatchRequest(0, 0, request.view, request.places(there)))
         asked = live(
             live.engine.send(replace(batch, teacher=batch.student)),
             Needs(logits=stored.classes is not None, features=tuple(stored.features)),

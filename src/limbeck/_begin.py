@@ -29,7 +29,7 @@ from limbeck.data import Data, load_data
 from limbeck.engine import check_precision, choose_device
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, class_map, sources, validate_paths, which_blocks
-from limbeck.objective import Objective, needs_of
+from limbeck.objective import Objective, StagedObjective, needs_of
 from limbeck.placement import Seat, check_seat, seat_of
 from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
@@ -113,7 +113,7 @@ class Begun:
     device: torch.device
     student: Model
     parts: Parts
-    objective: Objective
+    objective: Objective | StagedObjective
     notes: list[str]
     facts: dict[str, Any]
     known: Known | None = None
@@ -193,6 +193,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             begun.known = known_of(begun.model)
         parts.teacher = begun.known.preprocessing
     _check_models(recipe, student, begun.model, to_train=begun.to_train)
+    parts.check_stages(student)
     parts.probe(student, begun.model)
     if begun.model is not None and begun.answers is not None and not begun.to_train:
         keep(begun, told)
@@ -351,7 +352,7 @@ def teacher_of(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndar
 
 def _check_models(recipe: Recipe, student: Model, teacher: Model | None, *, to_train: bool) -> None:
     """What a recipe asks of the models is there, before anything is computed: every layer that a term names, batches that norms can take."""
-    of_student, of_teacher = needs_of(recipe.objective)
+    of_student, of_teacher = needs_of(recipe.terms)
     problems: list[Problem] = []
     for model, needs, side in ((student, of_student, "student"), (teacher, of_teacher, "teacher")):
         if model is None:

@@ -14,25 +14,32 @@ from limbeck._cli_show import table
 from limbeck.errors import Problem, UsageError, listed, nearest
 
 
-def losses(name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None) -> None:
+def losses(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False, help="Show all about this loss.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/losses.md: all about all of them.")] = False,
+) -> None:
     """The losses, and when to use each.
 
-    NAME shows the parameters of one.
+    NAME shows the formula, the parameters and a piece of a recipe.
     """
     from limbeck.losses import LOSSES
+    from limbeck.losses import _described as words
 
+    if markdown and name is not None:
+        raise UsageError(Problem("--markdown", f"takes no name beside it, got '{name}'."))
+    if markdown:
+        print(words.page(), end="")
+        return
     if name is None:
-        table(("loss", "when to use it"), [(entry.name, entry.summary) for entry in LOSSES.values()])
+        table(words.COLUMNS, words.overview())
         return
     if name not in LOSSES:
         raise UsageError(Problem("", f"there is no loss '{name}'; there are {listed(list(LOSSES))}.", nearest(name, LOSSES)))
     entry = LOSSES[name]
-    print(f"{entry.name}: {entry.summary}\nSource: {entry.source}\nReads: {', '.join(entry.reads)}\n")
-    rows = [
-        (p.name, "required" if p.required else str(p.default), p.allowed + ("; or a schedule" if p.schedulable else ""))
-        for p in entry.parameters.values()
-    ]
-    table(("parameter", "default", "allowed"), [("weight", "1.0", "a number from 0 up; or a schedule"), *rows])
+    text = words.described(entry).replace("``", "")
+    print(f"{entry.name}: {entry.summary}\n\n{text}\n\nNeeds: {entry.needs}.\nCost a step: {entry.cost}\nPaper: {entry.source}\n")
+    table(("parameter", "default", "allowed"), words.parameters(entry))
+    print(f"\nIn a recipe:\n\n{words.snippet(entry)}", end="")
 
 
 def models() -> None:

@@ -23,7 +23,7 @@ FitTeacher = Annotated[
     bool, typer.Option("--fit-teacher", help="Fine-tune the teacher first where its head does not fit the classes of the data.")
 ]
 Epochs = Annotated[str | None, typer.Option("--epochs", metavar="N", help="Passes over the training data.")]
-BatchSize = Annotated[str | None, typer.Option("--batch-size", metavar="N", help="Samples of one optimiser step.")]
+BatchSize = Annotated[str | None, typer.Option("--batch-size", metavar="N", help="Samples of one optimiser step; auto: cut to fit memory.")]
 Lr = Annotated[str | None, typer.Option("--lr", metavar="X", help="Peak learning rate.")]
 Seed = Annotated[
     str | None, typer.Option("--seed", metavar="N", help="Of initial weights, order and dropout; splits and views have their own.")

@@ -21,12 +21,12 @@ from limbeck.memory import available, largest
 from limbeck.models import Capture, Model, Recomputed
 from limbeck.objective import Objective
 from limbeck.optimizer import make_optimizer
-from limbeck.placement import asked_in_the_loop
+from limbeck.placement import Here, asked_in_the_loop
 from limbeck.progress import Progress
 from limbeck.randomness import seed_for
 from limbeck.recipe import Recipe, Train
 from limbeck.teacher import Teacher
-from limbeck.types import Batch
+from limbeck.types import Batch, Signal
 
 __all__ = ["copies_of", "fewest", "how_to_train", "settled", "with_accumulate"]
 
@@ -57,7 +57,7 @@ def how_to_train(
     accumulate, record = settled(recipe, *now, copies=copies)
     batch = parts.first_batch(with_accumulate(recipe, accumulate), with_teacher=teacher is not None, ask=ask)
     signal = None
-    if teacher is not None and recipe.train.precision == "auto":
+    if teacher is not None and objective.needs_teacher and recipe.train.precision == "auto":
         signal = teacher(Engine(device).send(batch), objective.teacher_needs)
     engine, why = student_choice(model, signal, objective, batch, device, recipe.train, recipe.seed)
     if record is not None and accumulate > 1 and recipe.train.precision == "auto" and engine.precision != "float32":
@@ -141,9 +141,9 @@ def settled(
         "free_bytes": free,
         "may_use_bytes": int(SHARE * free),
         "held_bytes": held,
-        "measured_bytes": {str(n): found for n, found in measured.items()},
-        "needed_bytes": None if chosen is None else int(held + _foreseen(measured, _most(rows, chosen))),
-        "uncut_bytes": int(held + _foreseen(measured, rows)),
+        "measured_bytes": {str(n): _whole(found) for n, found in measured.items()},
+        "needed_bytes": None if chosen is None else _whole(held + _foreseen(measured, _most(rows, chosen))),
+        "uncut_bytes": _whole(held + _foreseen(measured, rows)),
         "seconds": time.perf_counter() - began,
     }
     _judge(record, model, objective, parts)
@@ -251,24 +251,46 @@ class _Work:
         for module in (self._model.module, self._objective):
             for p in module.parameters():
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
+        teacher = self._teacher if self._objective.needs_teacher else None
+        early = isinstance(teacher, Here) and teacher.early
+        signal: Signal | None = None
+        beside = 0
+        if teacher is not None and early:  # of the step that is trained on and of the next one
+            signal, beside = self._ahead(teacher, sent)
         with (
             torch.enable_grad(),
             Capture(self._model.module, self._objective.student_needs.features) as capture,
             Recomputed(self._model.module, self._settings.gradient_checkpointing),
             largest(self._engine.device) as peak,
         ):
-            signal = self._teacher(sent, self._objective.teacher_needs) if self._teacher is not None else None
+            if teacher is not None and not early:
+                signal = teacher(sent, self._objective.teacher_needs)
             self._engine.seed(seed_for(self._seed, "dropout", 0, 0, 0))
             with self._engine.autocast():
                 outputs = capture.outputs(self._model, sent.student)
             loss, _ = self._objective(outputs, signal, sent, progress=0.0, counts=self._counts)
             loss.backward()
-            return peak()
+            return peak() + beside
+
+    def _ahead(self, teacher: Teacher, sent: Batch) -> tuple[Signal, int]:
+        """The answer of a teacher that the run asks a step ahead, and the bytes that are held meanwhile: the answers of two steps, and what it works
+        in where that is the same memory."""
+        with largest(self._engine.device) as peak:
+            signal = teacher(sent, self._objective.teacher_needs)
+            works = peak() if isinstance(teacher, Here) and teacher.shares else 0
+        answers = sum(_bytes(t) for t in (*([] if signal.logits is None else [signal.logits]), *signal.features.values()))
+        return signal, works + 2 * -(-answers * len(self._batch) // len(sent))
 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gb(count: float) -> str:
+def _whole(count: float) -> int | None:
+    return int(count) if count < math.inf else None
+
+
+def _gb(count: int | None) -> str:
+    if count is None:
+        return "more than there is"
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,8 +1,8 @@
-"""What the stages of a run are fed with: builders, plans, objectives and validation, from one recipe and one set of data."""
+"""What the parts of a run are fed with: builders, plans, objectives and validation, from one recipe and one set of data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,17 +10,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck.data import BatchBuilder, Data, Plan, Split, augmentation, evaluation_requests, token_lengths, view_keys
+from limbeck.data import (
+    BatchBuilder,
+    Data,
+    Plan,
+    Request,
+    Split,
+    StagedBuilder,
+    StagedPlan,
+    augmentation,
+    evaluation_requests,
+    nested,
+    token_lengths,
+    view_keys,
+)
 from limbeck.engine import Engine
 from limbeck.errors import Problem, UsageError
 from limbeck.evaluate import metrics, predict
 from limbeck.loop import Feed
-from limbeck.models import Model, called_layers, probe_shapes, which_blocks
-from limbeck.objective import Objective, needs_of
+from limbeck.models import Model, adapt_published, called_layers, probe_shapes, try_model, which_blocks
+from limbeck.objective import Objective, StagedObjective, needs_of
 from limbeck.randomness import order
 from limbeck.ranks import ALONE, Ranks
-from limbeck.recipe import Recipe
-from limbeck.types import Batch, Inputs, Preprocessing, TextPreprocessing
+from limbeck.recipe import Recipe, Stage, Term
+from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TextPreprocessing
 
 __all__ = ["Parts"]
 
@@ -50,8 +63,44 @@ class Parts:
         # without augmentation every view of a sample is the same
         self.views = 1 if self.augment is None else None if views == "live" else views
         self.batch_statistics = batch_statistics  # of the model that is trained: a last batch of one sample is then left out
-        self.shapes_student: dict[str, tuple[int, ...]] = {}
+        self.shapes_student: list[dict[str, tuple[int, ...]]] = []  # of each stage
         self.shapes_teacher: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def staged(self) -> list[Preprocessing]:
+        """How the student wants its inputs in each stage."""
+        return [self._at(stage) for stage in self.recipe.stages]
+
+    def _at(self, stage: Stage) -> Preprocessing:
+        wanted, size = self.student, stage.resolution
+        if isinstance(wanted, ImagePreprocessing) and size is not None:
+            return adapt_published(wanted, self.data, (size, size) if isinstance(size, int) else size)
+        if isinstance(wanted, TextPreprocessing) and stage.max_length is not None:
+            return replace(wanted, max_length=stage.max_length)
+        return wanted
+
+    def subset(self, stage: Stage, split: Split) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """The rows of a split that a stage visits; None: all."""
+        return None if stage.fraction == 1 else nested(split.ids, stage.fraction, self.recipe.data.seed)
+
+    @property
+    def measured(self) -> int:
+        """The stage in which memory and time are measured: of those with the largest inputs the one that visits most samples."""
+        stages = list(zip(self.recipe.stages, self.staged, strict=True))
+        keys = [(_size(wanted), stage.epochs * stage.fraction) for stage, wanted in stages]
+        return keys.index(max(keys))
+
+    @property
+    def asking_epochs(self) -> list[tuple[int, Stage]]:
+        """Every epoch of the run in which the teacher is needed, and its stage."""
+        found: list[tuple[int, Stage]] = []
+        first = 0
+        for stage, terms in zip(self.recipe.stages, self.recipe.objectives, strict=True):
+            _, needs = needs_of(terms)
+            if needs.logits or needs.features:
+                found += [(epoch, stage) for epoch in range(first, first + stage.epochs)]
+            first += stage.epochs
+        return found
 
     @cached_property
     def label_counts(self) -> np.ndarray[Any, Any]:
@@ -86,65 +135,96 @@ class Parts:
         wanted = preprocessing or self.student
         return token_lengths(split, wanted) if isinstance(wanted, TextPreprocessing) else None
 
-    def plan(
+    def _plan(
         self,
         split: Split,
+        number: int,
+        rows: np.ndarray[Any, np.dtype[np.int64]] | None,
         *,
-        epochs: int,
+        first_epoch: int,
         batch_size: int,
         seed: int,
         total_steps: int | None = None,
-        preprocessing: Preprocessing | None = None,
     ) -> Plan:
+        """The plan of one stage. total_steps: instead of its epochs."""
         return Plan(
             split,
             seed=seed,
             data_seed=self.recipe.data.seed,
-            epochs=epochs,
+            epochs=self.recipe.stages[number].epochs if total_steps is None else total_steps,
             batch_size=batch_size,
             views=self.views,
-            lengths=self.lengths(split, preprocessing),
+            lengths=self.lengths(split, self.staged[number]),
             drop_single=self.batch_statistics,
             total_steps=total_steps,
+            rows=rows,
+            first_epoch=first_epoch,
+            stage=number,
         )
+
+    def _builder(self, split: Split, *, teacher: bool) -> Callable[[Request], Batch]:
+        """Of every stage: one where all want the same inputs."""
+        wanted = self.staged
+        if all(w == self.student for w in wanted):
+            return self.builder(split, teacher=teacher, training=True)
+        return StagedBuilder([self.builder(split, teacher=teacher, training=True, student=w) for w in wanted])
 
     def feed(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False, workers: int = 0, pin_memory: bool = False) -> Feed:
         """What a student reads: all rows beside a teacher, the labelled ones alone. ask: prepare the teacher's inputs too."""
         split = self.data.train if with_teacher else self.labelled
-        plan = self.plan(split, epochs=recipe.train.epochs, batch_size=recipe.train.batch_size, seed=recipe.seed)
-        return Feed(plan, self.builder(split, teacher=ask, training=True), plan.steps_per_epoch, workers, pin_memory)
+        plans: list[Plan] = []
+        first = 0
+        for number, stage in enumerate(recipe.stages):
+            rows = self.subset(stage, split)
+            plans.append(self._plan(split, number, rows, first_epoch=first, batch_size=recipe.train.batch_size, seed=recipe.seed))
+            first += stage.epochs
+        plan = StagedPlan(plans)
+        return Feed(plan, self._builder(split, teacher=ask), plan.rounds, workers, pin_memory)
 
     def teacher_feed(self, beside: Feed) -> Feed:
         """What a teacher reads on ranks of its own: the rows of the students' feed, in its own preparation alone."""
         return replace(beside, builder=self.builder(self.data.train, training=True, student=self.teacher))
 
     def baseline_feed(self, recipe: Recipe, *, workers: int = 0, pin_memory: bool = False) -> Feed:
-        """What the baseline reads: the labelled rows, for as many optimiser steps of the same size as the student beside its teacher."""
+        """What the baseline reads: the labelled rows, in each stage for as many optimiser steps of the same size as the student reads beside its
+        teacher."""
         beside = self.feed(recipe, with_teacher=True)
-        if self.labelled is self.data.train:
-            plan = beside.plan
-        else:
-            steps = beside.plan.total_steps
-            size = min(recipe.train.batch_size, len(self.data.train))
-            plan = self.plan(self.labelled, epochs=steps, batch_size=size, seed=recipe.seed, total_steps=steps)
-        return Feed(plan, self.builder(self.labelled, training=True), beside.round, workers, pin_memory)
+        plan = beside.plan
+        if self.labelled is not self.data.train:
+            plans: list[Plan] = []
+            first = 0
+            for number, (own, stage) in enumerate(zip(beside.plan.plans, recipe.stages, strict=True)):
+                steps, size = own.total_steps, min(recipe.train.batch_size, own.count)
+                rows = self._labelled_of(stage)
+                plans.append(
+                    self._plan(self.labelled, number, rows, first_epoch=first, batch_size=size, seed=recipe.seed, total_steps=steps)
+                )
+                first += -(-steps * size // plans[-1].count)
+            plan = StagedPlan(plans)
+        return Feed(plan, self._builder(self.labelled, teacher=False), beside.rounds, workers, pin_memory)
+
+    def _labelled_of(self, stage: Stage) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """Of the rows that a stage visits, those with a label, as rows of ``labelled``; None: all of these."""
+        rows = self.subset(stage, self.data.train)
+        if rows is None:
+            return None
+        there = np.zeros(len(self.data.train), dtype=bool)
+        there[rows] = True
+        return np.flatnonzero(there[self.data.train.labels >= 0]).astype(np.int64)
 
     def first_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
-        """One microbatch of the first step, as it is measured with; a few rows where their number is not known yet."""
+        """One microbatch of the first step of the stage that is measured; a few rows where their number is not known yet."""
         feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
-        batch = feed.builder(feed.plan.request(0))
+        batch = feed.builder(feed.plan.request(feed.plan.starts[self.measured]))
         cut = recipe.train.accumulate
         return batch.part(0, min(FEW, len(batch)) if cut == "auto" else -(-len(batch) // cut))
 
     def widest_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
         """One rank's share of the step of an epoch that takes the most memory: with texts, the one of the most tokens, padding included."""
         feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
-        requests = (
-            [feed.plan.request(step) for step in range(feed.plan.steps_per_epoch)]
-            if self.student.kind == "text"
-            else [feed.plan.request(0)]
-        )
-        lengths = self.lengths(self.data.train if with_teacher else self.labelled)
+        plan = feed.plan.plans[self.measured]
+        requests = [plan.request(step) for step in range(plan.steps_per_epoch)] if self.student.kind == "text" else [plan.request(0)]
+        lengths = self.lengths(self.data.train if with_teacher else self.labelled, self.staged[self.measured])
         if lengths is not None:
             requests.sort(key=lambda request: len(request.rows) * int(lengths[request.rows].max()))
         size = self.ranks.size
@@ -152,26 +232,78 @@ class Parts:
         # the rows of a step are sorted by length: the last share has the longest ones
         return feed.builder([share for share in shares if share.counted][-1])
 
+    def check_stages(self, student: Model) -> None:
+        """Every stage has rows, for the baseline too, and inputs that the student can read.
+
+        Raises: UsageError with all problems.
+        """
+        problems: list[Problem] = []
+        own = self.student
+        for number, stage in enumerate(self.recipe.train.stages or []):
+            where = f"train.stages.{number}"
+            kind = {"image": "images", "text": "texts"}.get(own.kind, "float arrays")
+            for name, value, asked in (("resolution", stage.resolution, "image"), ("max_length", stage.max_length, "text")):
+                if value is not None and own.kind != asked:
+                    problems.append(Problem(f"{where}.{name}", f"has no effect on {kind}.", "Leave it out."))
+            if isinstance(own, TextPreprocessing) and stage.max_length is not None and stage.max_length > own.max_length:
+                text = f"is {stage.max_length}, and the student's texts are cut at {own.max_length} tokens where it is evaluated."
+                problems.append(Problem(f"{where}.max_length", text, "Give data.max_length the length of the longest stage."))
+            if isinstance(own, ImagePreprocessing) and stage.resolution is not None:
+                try:
+                    try_model(replace(student, preprocessing=self._at(stage)), f"{where}.resolution")
+                except UsageError as e:
+                    problems += [replace(p, hint="Choose another resolution.") for p in e.problems]
+            if stage.fraction < 1:
+                problems += self._few(stage, f"{where}.fraction")
+        if problems:
+            raise UsageError(problems)
+
+    def _few(self, stage: Stage, where: str) -> list[Problem]:
+        split = self.data.train if self.recipe.teacher is not None else self.labelled
+        rows = self.subset(stage, split)
+        assert rows is not None
+        whole = f"{stage.fraction:g} of {len(split):,} training rows"
+        if self.batch_statistics and len(rows) < 2:
+            return [Problem(where, f"{whole} is one, and the student has batch statistics, which cannot be taken of one sample.")]
+        labelled = self._labelled_of(stage)
+        if self.recipe.teacher is not None and self.recipe.baseline and labelled is not None and not len(labelled):
+            text = f"{whole} has none with a label, and the baseline learns from labels."
+            return [Problem(where, text, "Give a larger fraction, or baseline: false.")]
+        return []
+
     def probe(self, student: Model, teacher: Model | None) -> None:
-        """Find the shapes of the features that the objective asks for; once, before anything is placed or trained.
+        """Find the shapes of the features that the objectives ask for; once, before anything is placed or trained.
 
         Layers that are named, and never called, are refused.
         """
         self._probe_blocks(student)
-        of_student, of_teacher = needs_of(self.recipe.objective)
+        staged = self.staged
+        self.shapes_student = [{} for _ in staged]
+        of_student, of_teacher = needs_of(self.recipe.terms)
         if not of_student.features and not of_teacher.features:
             return
         split = self.data.train.take(np.arange(min(PROBE, len(self.data.train))))
         [request] = evaluation_requests(split, PROBE)
-        batch = self.builder(split, teacher=teacher is not None)(request)
-        self.shapes_student = probe_shapes(student, _as(student, batch.student), of_student.features)
-        if teacher is not None and batch.teacher is not None:
-            self.shapes_teacher = probe_shapes(teacher, _as(teacher, batch.teacher), of_teacher.features)
-        tokens = any(len(shape) == 3 for shape in (*self.shapes_student.values(), *self.shapes_teacher.values()))
-        if tokens and isinstance(self.student, TextPreprocessing) and isinstance(self.teacher, TextPreprocessing):
-            ours, theirs = ((p.tokenizer_sha256, p.max_length) for p in (self.student, self.teacher))
+        for number, (wanted, terms) in enumerate(zip(staged, self.recipe.objectives, strict=True)):
+            needs = needs_of(terms)[0].features
+            if needs:
+                batch = self.builder(split, student=wanted)(request)
+                self.shapes_student[number] = probe_shapes(student, _as(student, batch.student), needs)
+        if teacher is not None:
+            batch = self.builder(split, teacher=True)(request)
+            if batch.teacher is not None:
+                self.shapes_teacher = probe_shapes(teacher, _as(teacher, batch.teacher), of_teacher.features)
+        for shapes, wanted, terms in zip(self.shapes_student, staged, self.recipe.objectives, strict=True):
+            told = [self.shapes_teacher[path] for path in needs_of(terms)[1].features if path in self.shapes_teacher]
+            self._check_tokens([*shapes.values(), *told], wanted)
+
+    def _check_tokens(self, shapes: Sequence[tuple[int, ...]], wanted: Preprocessing) -> None:
+        tokens = any(len(shape) == 3 for shape in shapes)
+        if tokens and isinstance(wanted, TextPreprocessing) and isinstance(self.teacher, TextPreprocessing):
+            ours, theirs = ((p.tokenizer_sha256, p.max_length) for p in (wanted, self.teacher))
             if ours != theirs:
-                message = "a loss on features by token needs the same tokens on both sides, and the two models have different tokenizers."
+                message = "a loss on features by token needs the same tokens on both sides, and the two models have different tokenizers"
+                message += "." if ours[0] != theirs[0] else f" or lengths ({ours[1]} and {theirs[1]} tokens)."
                 raise UsageError(
                     Problem("objective", message, "Choose layers that give one row a sample, (B, D), or models that share a tokenizer.")
                 )
@@ -188,19 +320,44 @@ class Parts:
             text = "is not called in the student's forward pass."
             raise UsageError([Problem("train.gradient_checkpointing", f"'{name}' {text}", "Leave it out.") for name in silent])
 
-    def objective(self, seed: int) -> Objective:
+    def objective(self, seed: int) -> Objective | StagedObjective:
         """The recipe's objective; projections are sized by :meth:`probe` and drawn from (seed, role)."""
-        return Objective.build(
-            self.recipe.objective,
-            classes=self.data.classes,
-            label_counts=self.label_counts,
-            shapes_student=self.shapes_student,
-            shapes_teacher=self.shapes_teacher,
-            seed=seed,
+        return self._staged(
+            lambda number, terms: Objective.build(
+                terms,
+                classes=self.data.classes,
+                label_counts=self.label_counts,
+                shapes_student=self._shapes(number),
+                shapes_teacher=self.shapes_teacher,
+                seed=seed,
+            )
         )
 
-    def baseline_objective(self) -> Objective:
-        return Objective.baseline(self.recipe.objective, classes=self.data.classes, label_counts=self.label_counts)
+    def baseline_objective(self) -> Objective | StagedObjective:
+        """Cross entropy, in each stage with the parameters of its own term."""
+        return self._staged(lambda _, terms: Objective.baseline(terms, classes=self.data.classes, label_counts=self.label_counts))
+
+    def _staged(self, build: Callable[[int, list[Term]], Objective]) -> Objective | StagedObjective:
+        """What is built for each stage, once for those with the same terms and shapes."""
+        lists = self.recipe.objectives
+        built: dict[int, Objective] = {}
+        problems: list[Problem] = []
+        for number, terms in enumerate(lists):
+            same = [i for i in range(number) if lists[i] == terms and self._shapes(i) == self._shapes(number)]
+            try:
+                if not same:
+                    built[number] = build(number, terms)
+                elif same[0] in built:
+                    built[number] = built[same[0]]
+            except UsageError as e:
+                prefix = "" if self.recipe.stages[number].objective is None else f"train.stages.{number}."
+                problems += [replace(p, where=f"{prefix}{p.where}") for p in e.problems]
+        if problems:
+            raise UsageError(problems)
+        return built[0] if self.recipe.train.stages is None else StagedObjective(list(built.values()))
+
+    def _shapes(self, number: int) -> dict[str, tuple[int, ...]]:
+        return self.shapes_student[number] if self.shapes_student else {}
 
     def logits(self, model: Model, split: Split, engine: Engine) -> np.ndarray[Any, Any]:
         """``(N, C)`` float64 logits of a model on a split, through its own preparation; the model is left in eval mode."""
@@ -249,6 +406,13 @@ class Parts:
         split = self.data.test.take(np.sort(rows))
         [request] = evaluation_requests(split, count)
         return self.builder(split, student=preprocessing)(request).student
+
+
+def _size(wanted: Preprocessing) -> int:
+    """Of one sample's inputs: pixels or tokens, as far as they differ between stages."""
+    if isinstance(wanted, ImagePreprocessing):
+        return (wanted.height or 224) * (wanted.width or 224)
+    return wanted.max_length if isinstance(wanted, TextPreprocessing) else 1
 
 
 def _as(model: Model, inputs: Inputs) -> Inputs:

@@ -27,7 +27,7 @@ from limbeck._microbatch import copies_of, how_to_train, with_accumulate
 from limbeck._parts import Parts
 from limbeck._teaching import Answers, Identity, Known, directories_of
 from limbeck.cache import TableTeacher, missing, read_manifest, row_bytes
-from limbeck.data import BatchBuilder, Data, Plan, choose_workers
+from limbeck.data import Data, Plan, StagedPlan, choose_workers
 from limbeck.data import Request as BatchRequest
 from limbeck.engine import Engine
 from limbeck.loop import Feed, Recorder, fit
@@ -39,7 +39,7 @@ from limbeck.placement import Here, Seat
 from limbeck.progress import Progress, resident_bytes
 from limbeck.recipe import Recipe
 from limbeck.run import NoLog, existing_parent
-from limbeck.teacher import Coming, LiveTeacher, Meter, Teacher
+from limbeck.teacher import Asking, Coming, LiveTeacher, Meter, Teacher
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["Balance", "balance", "ceiling", "duration", "make_plan", "overlapped"]
@@ -163,7 +163,7 @@ class _Timed:
         self.seconds += _now(self.device) - start
         return signal
 
-    def ahead(self, coming: Coming, needs: Needs, accumulate: int) -> Coming:
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
         return coming
 
     def take(self) -> float:
@@ -213,7 +213,9 @@ def _train(
     """
     model = replace(student, module=copy.deepcopy(student.module))
     timed = None if teacher is None else _Timed(teacher, engine.device)
-    settings = recipe.train.model_copy(update={"lr": 0.0, "ema": None, "select": "last", "log_every": 10**9, "checkpoint_every": 10**9})
+    settings = recipe.train.model_copy(
+        update={"lr": 0.0, "stages": None, "ema": None, "select": "last", "log_every": 10**9, "checkpoint_every": 10**9}
+    )
     nowhere = Path(os.devnull) / "checkpoints"
 
     def steps(given: Sequence[Batch], stop: Callable[[], bool]) -> None:
@@ -222,7 +224,7 @@ def _train(
         plan: Any = _Few(requests)
         log = NoLog()
         recorder = Recorder("plan", nowhere, log, Progress("none"), stop)
-        fit(model, timed, objective, Feed(plan, builder, len(given)), engine, settings, recipe.seed, recorder)
+        fit(model, timed, objective, Feed(plan, builder, (len(given),)), engine, settings, recipe.seed, recorder)
 
     # One step for memory, which also warms everything up.
     held = {"gradients": 0, "optimizer": 0}
@@ -371,7 +373,7 @@ class _Batches:
     seconds: float
 
 
-def _batches(plan: Plan, builder: BatchBuilder, lengths: np.ndarray[Any, Any] | None) -> _Batches:
+def _batches(plan: Plan, builder: Callable[[BatchRequest], Batch], lengths: np.ndarray[Any, Any] | None) -> _Batches:
     epoch = [plan.request(step) for step in range(plan.steps_per_epoch)]
     rows = max(len(request.rows) for request in epoch)
     full = [request for request in epoch if len(request.rows) == rows]
@@ -405,8 +407,10 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
 
     teacher, choices = _teacher_of(begun, recipe, complete)
     feed = parts.feed(recipe, with_teacher=with_teacher, ask=isinstance(teacher, LiveTeacher))
-    few = _batches(feed.plan, feed.builder, parts.lengths(job.data.train if with_teacher else parts.labelled))
-    objective = parts.objective(recipe.seed)
+    split = job.data.train if with_teacher else parts.labelled
+    lengths = parts.lengths(split, parts.staged[parts.measured])
+    few = _batches(feed.plan.plans[parts.measured], feed.builder, lengths)
+    objective = parts.objective(recipe.seed).at(parts.measured)
     engine, accumulate, choices["student"], cut = _student_choice(begun, teacher, objective, recipe, progress)
     if cut is not None:
         choices["accumulate"] = cut
@@ -426,10 +430,10 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
     loader, first = few.seconds, few.batches[0]
     if first.teacher is not None and first.teacher is not first.student:
         alone = parts.feed(recipe, with_teacher=True)
-        loader = _batches(alone.plan, alone.builder, parts.lengths(job.data.train)).seconds
+        loader = _batches(alone.plan.plans[parts.measured], alone.builder, lengths).seconds
     threads = _threads(device)
     fill_row, working = _fill_row(begun, teacher, recipe, kept, threads) if isinstance(teacher, LiveTeacher) else (None, 0)
-    split = job.data.train if with_teacher else parts.labelled
+    visits = sum(stage.epochs * plan.count for stage, plan in zip(recipe.stages, feed.plan.plans, strict=True))
     times = _times(
         recipe,
         cache,
@@ -438,9 +442,9 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
         loader=loader,
         fill_row=fill_row,
         before=own[1] if own is not None else 0.0,
-        # the last batch of an epoch may be smaller
+        # the last batch of an epoch may be smaller; with stages, an epoch is the mean of all
         epoch=lambda compute, loading: (
-            len(split) / few.rows * overlapped(compute, loading, workers=workers, threads=threads, cores=_cores())
+            visits / recipe.train.epochs / few.rows * overlapped(compute, loading, workers=workers, threads=threads, cores=_cores())
         ),
         seeds=job.seeds,
         apart=_apart(begun),
@@ -456,6 +460,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
         "seeds": job.seeds,
         "epochs": recipe.train.epochs,
         "steps": feed.plan.total_steps,
+        "stages": _stages(recipe, feed.plan, parts),
         "parameters": {
             **({"teacher": begun.known.parameters} if begun.known is not None and begun.known.parameters is not None else {}),
             "student": sum(p.numel() for p in begun.student.module.parameters()),
@@ -472,6 +477,25 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
     if isinstance(teacher, LiveTeacher):
         teacher.meter.close()
     return plan
+
+
+def _stages(recipe: Recipe, plan: StagedPlan, parts: Parts) -> list[dict[str, Any]] | None:
+    """Each stage with what it changes; None where the recipe has none."""
+    if recipe.train.stages is None:
+        return None
+    return [
+        {
+            "epochs": stage.epochs,
+            "rows": own.count,
+            "steps": own.total_steps,
+            "lr": recipe.train.lr if stage.lr is None else stage.lr,
+            "resolution": stage.resolution,
+            "max_length": stage.max_length,
+            "objective": [term.model_dump(mode="json") for term in terms],
+            "measured": number == parts.measured,
+        }
+        for number, (stage, own, terms) in enumerate(zip(recipe.stages, plan.plans, recipe.objectives, strict=True))
+    ]
 
 
 def _times(
@@ -591,7 +615,7 @@ def _student_choice(
 ) -> tuple[Engine, int, dict[str, Any], dict[str, Any] | None]:
     student = replace(begun.student, module=copy.deepcopy(begun.student.module))
     ask, copies = isinstance(teacher, LiveTeacher), copies_of(recipe, begun.device)
-    here = Here(teacher, begun.device) if isinstance(teacher, LiveTeacher) else teacher
+    here = Here(teacher, begun.device, begun.seat) if isinstance(teacher, LiveTeacher) else teacher
     engine, accumulate, why, cut = how_to_train(
         recipe, student, here, objective, begun.parts, begun.device, progress, copies=copies, ask=ask
     )
@@ -605,11 +629,11 @@ def _train_teacher(begun: Beginning, data: Data, recipe: Recipe, progress: Progr
     assert recipe.teacher.train is not None
     given = recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
     given["gradient_checkpointing"] = recipe.train.gradient_checkpointing is True
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=given)})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={**given, "stages": None})})
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in begun.model.module.modules())
     parts = Parts(recipe, data, begun.model.preprocessing, None, batch_statistics=norms)
-    feed, objective = parts.feed(recipe, with_teacher=False), parts.baseline_objective()
-    few = _batches(feed.plan, feed.builder, parts.lengths(parts.labelled))
+    feed, objective = parts.feed(recipe, with_teacher=False), parts.baseline_objective().at(0)
+    few = _batches(feed.plan.plans[0], feed.builder, parts.lengths(parts.labelled))
     model = replace(begun.model, module=copy.deepcopy(begun.model.module))
     engine, accumulate, _, _ = how_to_train(recipe, model, None, objective, parts, begun.device, progress, copies=0)
     recipe = with_accumulate(recipe, accumulate)
@@ -622,7 +646,7 @@ def _train_teacher(begun: Beginning, data: Data, recipe: Recipe, progress: Progr
 def _fill_row(begun: Beginning, teacher: LiveTeacher, recipe: Recipe, kept: bool, threads: int) -> tuple[float, int]:
     """Seconds a row of filling the cache, in the blocks in which that is done; and the bytes in which the teacher works as it will be asked."""
     parts, split = begun.parts, begun.parts.data.train
-    needs = needs_of(parts.recipe.objective)[1] if begun.answers is None else begun.answers.needs
+    needs = needs_of(parts.recipe.terms)[1] if begun.answers is None else begun.answers.needs
     builder = parts.builder(split, training=True, student=teacher.model.preprocessing)
     lengths = parts.lengths(split, teacher.model.preprocessing)
     block = min(len(split), block_rows(teacher.model.preprocessing, begun.teacher_device))
@@ -726,13 +750,32 @@ def _memory(begun: Beginning, recipe: Recipe, trained: _Training, kept: bool, wo
 def _table(plan: dict[str, Any]) -> list[str]:
     train = plan["epochs"], plan["steps"] // plan["epochs"], plan["time"]["batch_rows"]
     seeds = f", for each of {plan['seeds']} seeds" if plan["seeds"] > 1 else ""
+    each = f" of {train[1]:,} steps" if plan["stages"] is None else f", {plan['steps']:,} steps"
     return [
-        f"Plan: {train[0]:,} epochs of {train[1]:,} steps of {train[2]:,} samples{seeds}, on {plan['device']}. Nothing is written.",
+        f"Plan: {train[0]:,} epochs{each} of {train[2]:,} samples{seeds}, on {plan['device']}. Nothing is written.",
         "",
+        *(_stage_lines(plan["stages"]) if plan["stages"] is not None else []),
         *_memory_lines(plan),
         *(_cache_lines(plan["cache"]) if plan["cache"] is not None else []),
         *_time_lines(plan),
         *_choice_lines(plan["choices"]),
+    ]
+
+
+def _stage_lines(stages: list[dict[str, Any]]) -> list[str]:
+    lines = ["Stages"]
+    for number, stage in enumerate(stages):
+        inputs = [f"{name} {value}" for name, value in (("resolution", stage["resolution"]), ("max_length", stage["max_length"])) if value]
+        terms = ", ".join(term["loss"] for term in stage["objective"])
+        what = [f"lr {stage['lr']:g}", *inputs, terms]
+        lines.append(
+            f"  {number:<8} {stage['epochs']:>6,} epochs of {stage['rows']:>10,} rows, {stage['steps']:>8,} steps: {'; '.join(what)}"
+        )
+    measured = next(number for number, stage in enumerate(stages) if stage["measured"])
+    return [
+        *lines,
+        f"  What follows is measured in stage {measured}, as if a sample cost as much in every stage; an epoch is the mean of all.",
+        "",
     ]
 
 

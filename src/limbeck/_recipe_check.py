@@ -179,7 +179,7 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons.setdefault("data.test_fraction", "has no effect where data.test names the test data.")
     if given(data, "data.valid"):
         reasons.setdefault("data.valid_fraction", "has no effect where data.valid names the validation data.")
-    reasons |= _cache_reasons(value)
+    reasons |= _cache_reasons(value) | stage_reasons(data)
     model = value("teacher.model")
     if isinstance(model, str) and model.startswith("logits:"):
         names = ("teacher.weights", "teacher.train", "teacher.precision", "teacher.layout", "teacher_cache")
@@ -201,14 +201,36 @@ def _cache_reasons(value: Any) -> dict[str, str]:
     return {}
 
 
+def stage_reasons(data: Given) -> dict[str, str]:
+    """What every stage has of its own is not read from the whole recipe, unless a teacher is trained first by it."""
+    stages = _stages_of(data)
+    if not stages:
+        return {}
+    training = look(data, "teacher.train")
+    trains = training not in (MISSING, None)
+    reasons = {}
+    if all(given(s, "objective") for s in stages) and not trains:
+        reasons["objective"] = "has no effect where every stage of train.stages has an objective of its own."
+    if all(given(s, "lr") for s in stages) and not (trains and not given(training, "lr")):
+        reasons["train.lr"] = "has no effect where every stage of train.stages has an lr of its own."
+    return reasons
+
+
+def _stages_of(data: Given) -> list[Given]:
+    """The stages that a person wrote, those that are mappings."""
+    stages = look(data, "train.stages")
+    return [s for s in stages if isinstance(s, Mapping)] if isinstance(stages, list) else []
+
+
 def recipe_problems(data: Given, value: Any, command: str) -> Iterable[Problem]:
     """Everything beyond types and ranges. Takes plain values that need not fit the schema, so that all problems are told together."""
     for path, reason in not_applying(data, value, command).items():
-        if given(data, path):
+        if given(data, path) and path != "objective":  # which is filled in where it was left out; see reading.py
             yield Problem(path, reason, "Leave it out.")
     yield from _roles(data, command)
     yield from _data(data, value)
     yield from _training(data, value)
+    yield from _stages(data, value)
     for name in ("export", "track"):
         items = value(name)
         if isinstance(items, list) and len({str(i) for i in items}) < len(items):
@@ -314,6 +336,21 @@ def _device(where: str, device: str, hint: str, kind: str = "") -> Iterable[Prob
 
         if not torch.backends.mps.is_available():
             yield Problem(where, f"{got}, which this machine does not have.", hint)
+
+
+def _stages(data: Given, value: Any) -> Iterable[Problem]:
+    stages, task = look(data, "train.stages"), value("task")
+    if not isinstance(stages, list) or not stages:
+        return
+    own = {"text-classification": ("resolution", "images"), "image-classification": ("max_length", "texts")}.get(task)
+    for i, stage in enumerate(stages):
+        if own is not None and isinstance(stage, Mapping) and given(stage, own[0]):
+            yield Problem(f"train.stages.{i}.{own[0]}", f"is for {own[1]}, and the task is {task}.", "Leave it out.")
+    counts = [look(stage, "epochs") for stage in stages]
+    epochs = look(data, "train.epochs")
+    if given(data, "train.epochs") and _number(epochs) and all(_number(c) for c in counts) and epochs != sum(counts):
+        text = f"is {shown(epochs)}, and the stages of train.stages have {sum(counts)} epochs in all."
+        yield Problem("train.epochs", text, "Leave it out: it is the sum of theirs.")
 
 
 def _cuda_devices() -> int:

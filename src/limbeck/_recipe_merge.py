@@ -173,8 +173,17 @@ def expand_names(data: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(plain.get(name), str):
             plain[name] = [plain[name]]
     if isinstance(plain.get("objective"), list):
-        plain["objective"] = [{"loss": term} if isinstance(term, str) else term for term in plain["objective"]]
+        plain["objective"] = _terms(plain["objective"])
+    train = plain.get("train")
+    stages = train.get("stages") if isinstance(train, dict) else None
+    for stage in stages if isinstance(stages, list) else []:
+        if isinstance(stage, dict) and isinstance(stage.get("objective"), list):
+            stage["objective"] = _terms(stage["objective"])
     return plain
+
+
+def _terms(objective: list[Any]) -> list[Any]:
+    return [{"loss": term} if isinstance(term, str) else term for term in objective]
 
 
 def without_nulls(plain: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from limbeck._parts import Parts
 from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import choose_workers
 from limbeck.engine import Engine
-from limbeck.loop import Feed, Recorder, Trained, fit
+from limbeck.loop import Feed, Recorder, Trained, asking, fit
 from limbeck.models import Model, save_model, state_hash
-from limbeck.objective import Objective
+from limbeck.objective import Objective, StagedObjective
 from limbeck.placement import attend, live_of
 from limbeck.progress import Progress
 from limbeck.ranks import ALONE, Ranks
@@ -129,7 +129,14 @@ def engine_from_main(
 
 
 def train_role(
-    role: str, folder: Path, recipe: Recipe, student: Model, objective: Objective, teacher: Teacher | None, shared: Shared, log: Log
+    role: str,
+    folder: Path,
+    recipe: Recipe,
+    student: Model,
+    objective: Objective | StagedObjective,
+    teacher: Teacher | None,
+    shared: Shared,
+    log: Log,
 ) -> tuple[Trained, State]:
     """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``.
 
@@ -145,11 +152,11 @@ def train_role(
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep_all)
     if shared.ranks.teaching:
-        live, needs = live_of(teacher), objective.teacher_needs
+        live, asked = live_of(teacher), asking(objective, int(recipe.train.accumulate))
         with shared.stop.steps():
             if not shared.ranks.heard():  # whether the role is trained already
                 feed = feed if live is None else parts.teacher_feed(feed)
-                attend(live, feed, needs, recipe.train, shared.engine.dtype, recorder, shared.ranks)
+                attend(live, feed, asked, recipe.train, shared.engine.dtype, recorder, shared.ranks)
         return Trained(0, 0.0, 0), {}
     with shared.stop.steps():
         return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes, parts.ranks)
@@ -159,7 +166,7 @@ def _fit_once(
     final: Path,
     student: Model,
     teacher: Teacher | None,
-    objective: Objective,
+    objective: Objective | StagedObjective,
     feed: Feed,
     engine: Engine,
     recipe: Recipe,
@@ -196,12 +203,12 @@ def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Prog
     assert job.recipe.teacher.train is not None
     given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
     # names of blocks are those of the student
-    given |= {"ema": None, "select": "last", "gradient_checkpointing": job.recipe.train.gradient_checkpointing is True}
+    given |= {"ema": None, "select": "last", "stages": None, "gradient_checkpointing": job.recipe.train.gradient_checkpointing is True}
     recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update=given)})
     progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
     ranks = job.ranks
     own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=has_batch_statistics(teacher), ranks=ranks)
-    objective = own.baseline_objective()
+    objective = own.baseline_objective().at(0)
     choice_file = job.out / "checkpoints" / "teacher.json"
 
     def choice() -> tuple[Engine, dict[str, Any]]:

@@ -17,7 +17,7 @@ from limbeck.errors import Problem, UsageError, listed
 from limbeck.models import validate_paths
 from limbeck.objective import needs_of
 from limbeck.ranks import ALONE, Ranks
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, Term
 from limbeck.run import read_json
 
 __all__ = ["Lending", "baseline_key", "data_key", "judge", "teacher_key", "without_numbers"]
@@ -43,7 +43,9 @@ def baseline_key(recipe: Recipe) -> str:
     plain = recipe.model_dump(mode="json", exclude={"teacher", "objective", "export", "track", "baseline", "teacher_cache"})
     for name in _NO_WEIGHT:
         plain["train"].pop(name)
-    return _text([plain, _cross_entropy(recipe), recipe.teacher_cache.views])
+    for stage in plain["train"]["stages"] or []:
+        stage.pop("objective")
+    return _text([plain, [_cross_entropy(terms) for terms in recipe.objectives], recipe.teacher_cache.views])
 
 
 def teacher_key(recipe: Recipe) -> str | None:
@@ -54,10 +56,12 @@ def teacher_key(recipe: Recipe) -> str | None:
     if recipe.teacher is None or recipe.teacher.train is None:
         return None
     own = recipe.teacher.train.model_dump(mode="json")
-    train = recipe.train.model_dump(mode="json", exclude={*_NO_WEIGHT, "ema", "select"}) | {k: v for k, v in own.items() if v is not None}
+    train = recipe.train.model_dump(mode="json", exclude={*_NO_WEIGHT, "ema", "select", "stages"}) | {
+        k: v for k, v in own.items() if v is not None
+    }
     model = recipe.teacher.model_dump(mode="json", include={"model", "weights", "options"})
     data = recipe.data.model_dump(mode="json")
-    return _text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe), recipe.teacher_cache.views])
+    return _text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe.objective), recipe.teacher_cache.views])
 
 
 def without_numbers(recipe: Recipe, train: Iterable[str]) -> dict[str, Any]:
@@ -81,9 +85,9 @@ def _building_key(recipe: Recipe) -> str:
     return _text([plain, recipe.train.batch_size == 1])  # batch statistics cannot be taken of one sample
 
 
-def _cross_entropy(recipe: Recipe) -> dict[str, Any]:
+def _cross_entropy(terms: list[Term]) -> dict[str, Any]:
     """What a baseline, or a teacher's own training, learns from."""
-    term = next((t for t in recipe.objective if t.loss == "cross_entropy"), None)
+    term = next((t for t in terms if t.loss == "cross_entropy"), None)
     return {} if term is None else term.model_dump(mode="json", exclude={"weight"})
 
 
@@ -226,7 +230,7 @@ def _begun(most: Combination, group: list[Combination], lending: Lending, found:
 
 def _student(job: Job) -> None:
     """Its layers, of those that the objective reads."""
-    validate_paths(job.build_student(job.recipe.seed).module, needs_of(job.recipe.objective)[0].features, "objective (student layer)")
+    validate_paths(job.build_student(job.recipe.seed).module, needs_of(job.recipe.terms)[0].features, "objective (student layer)")
 
 
 def _teacher(job: Job) -> None:
@@ -234,7 +238,7 @@ def _teacher(job: Job) -> None:
     spec = job.recipe.teacher
     if job.build_teacher is not None and spec is not None and not spec.model.startswith("logits:"):
         model, _, _ = teacher_of(job, job.build_teacher)
-        validate_paths(model.module, needs_of(job.recipe.objective)[1].features, "objective (teacher layer)")
+        validate_paths(model.module, needs_of(job.recipe.terms)[1].features, "objective (teacher layer)")
 
 
 def _own(point: Combination, lending: Lending, begun: Begun) -> None:

@@ -38,7 +38,7 @@ from limbeck.data import Data
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, architecture_sha256, class_map, normalised_by_data, preprocessing_identity, state_hash
 from limbeck.objective import needs_of
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, Stage
 from limbeck.run import existing_parent, write_atomic
 from limbeck.types import ImagePreprocessing, Needs, Preprocessing, TensorPreprocessing, TextPreprocessing
 
@@ -100,7 +100,7 @@ def wants_cache(recipe: Recipe, parts: Parts, seeds: int) -> tuple[bool | None, 
         return True, "teacher_cache.path is named"
     if recipe.train.precision == "float64":
         return False, "train.precision is float64, and answers are kept in at most 32 bits"
-    passes = recipe.train.epochs * seeds
+    passes = len(parts.asking_epochs) * seeds
     if parts.views is not None and passes <= parts.views:
         return None, f"{passes} epoch{'s' * (passes != 1)} of {parts.views} view{'s' * (parts.views != 1)} would use each answer once"
     return True, f"{passes} epochs use each of {parts.views} view{'s' * (parts.views != 1)} more than once"
@@ -119,7 +119,7 @@ class Answers:
         self.recipe, self.parts = recipe, parts
         self.root = Path(cache.path) if cache.path is not None else default_root()
         self.views = parts.views
-        _, needs = needs_of(recipe.objective)
+        _, needs = needs_of(recipe.terms)
         self.needs = Needs(
             logits=needs.logits if cache.store is None else cache.store in ("logits", "both"),
             features=needs.features if cache.store in (None, "features", "both") else (),
@@ -142,12 +142,25 @@ class Answers:
             ),
             "test": Place({"purpose": "test"}, {"logits": True, "features": [], "codec": "float32"}),
         }
-        asked = range(min(self.views, recipe.train.epochs))
         self.requests = {
-            "teach": [Request(view, parts.keys(data.train, view, training=True)) for view in asked],
+            "teach": [self._asked(view, stage) for view, stage in sorted(self._stages().items())],
             "test": [Request(0, data.test.ids)],
         }
         self.folders: dict[str, Path] = {}
+
+    def _stages(self) -> dict[int, Stage]:
+        """The views under which the teacher is needed; of the stages that need each, the one with most rows, which has those of the others."""
+        found: dict[int, Stage] = {}
+        for epoch, stage in self.parts.asking_epochs:
+            view = epoch % self.views
+            if view not in found or stage.fraction > found[view].fraction:
+                found[view] = stage
+        return found
+
+    def _asked(self, view: int, stage: Stage) -> Request:
+        train = self.parts.data.train
+        keys, rows = self.parts.keys(train, view, training=True), self.parts.subset(stage, train)
+        return Request(view, keys) if rows is None else Request(view, keys[rows], rows=rows)
 
     def begun(self) -> bool:
         """Whether any teacher's answers of this kind are there at all: a look at manifests alone."""
@@ -210,7 +223,7 @@ def _sparse(recipe: Recipe) -> Sparse:
     cache = recipe.teacher_cache
     temperature = cache.temperature
     if temperature is None:
-        given = [(t.model_extra or {}).get("temperature", 4.0) for t in recipe.objective if t.loss == "kd"]
+        given = [(t.model_extra or {}).get("temperature", 4.0) for t in recipe.terms if t.loss == "kd"]
         temperature = float(given[0]) if given else 4.0
     return Sparse(temperature, cache.top, cache.samples)
 
@@ -350,7 +363,7 @@ def identify(answers: Answers, model: Model, sources: Sources | None) -> Identit
     answers.folders = {purpose: answers.root / key_of(identity) for purpose, identity in found.identities.items()}
     for purpose, split in (("teach", answers.parts.data.train), ("test", answers.parts.data.test)):
         lengths = answers.parts.lengths(split, model.preprocessing)
-        answers.requests[purpose] = [replace(request, lengths=lengths) for request in answers.requests[purpose]]
+        answers.requests[purpose] = [replace(request, lengths=request.of(lengths)) for request in answers.requests[purpose]]
     _refuse_subset(answers, class_map(model, answers.parts.data), model.num_classes)
     for folder in answers.folders.values():
         refuse_orphans(folder)

@@ -100,8 +100,8 @@ def distill(
         )
     )
     terms = objective
-    if terms is None:
-        terms = default_objective(temperature, alpha) if teacher is not None else [{"loss": "cross_entropy", "weight": 1.0}]
+    if terms is None and teacher is not None and not (temperature is None and alpha is None):
+        terms = default_objective(temperature, alpha)
     train_keys = {k: v for k, v in settings.items() if k not in ("data_options", "teacher_cache", "track")}
     given_options = settings.get("data_options")
     data_options = dict(given_options) if isinstance(given_options, Mapping) else {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,34 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import checkpoint
-from limbeck.data import BatchBuilder, Plan, Request, cuts, stream
+from limbeck.data import Request, StagedPlan, stream
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
 from limbeck.models import Capture, Model, Recomputed
-from limbeck.objective import Objective, Rows
+from limbeck.objective import Objective, Rows, StagedObjective
 from limbeck.optimizer import Step, make_optimizer
 from limbeck.progress import Progress, memory_bytes
 from limbeck.randomness import seed_for
 from limbeck.ranks import ALONE, Elsewhere, Ranks
 from limbeck.recipe import Train
 from limbeck.run import Log
-from limbeck.teacher import Teacher
-from limbeck.types import Batch, Signal
+from limbeck.teacher import Asking, Teacher
+from limbeck.types import Batch, Needs, Signal
 
-__all__ = ["Feed", "Recorder", "Trained", "fit", "learning_rate"]
+__all__ = ["Feed", "Recorder", "Trained", "asking", "fit", "learning_rate"]
 
 
 @dataclass(frozen=True)
 class Feed:
     """What is read: the plan of every step, what turns a request into a batch, and how.
 
-    round: optimiser steps after which the student is validated. It is the student's epoch for the baseline too, so that both are looked at
-    equally often where the baseline reads fewer (labelled) rows for the same number of steps.
+    rounds: the numbers of steps after which the student is validated, the last step among them. They are the ends of the student's epochs for the
+    baseline too, so that both are looked at equally often where the baseline reads fewer (labelled) rows for the same number of steps.
     """
 
-    plan: Plan
-    builder: BatchBuilder
-    round: int
+    plan: StagedPlan
+    builder: Callable[[Request], Batch]
+    rounds: Sequence[int]
     workers: int = 0
     pin_memory: bool = False
 
@@ -74,7 +75,7 @@ class Trained:
 def fit(
     student: Model,
     teacher: Teacher | None,
-    objective: Objective,
+    objective: Objective | StagedObjective,
     feed: Feed,
     engine: Engine,
     settings: Train,
@@ -87,6 +88,8 @@ def fit(
     Per optimiser step: the learning rate and every schedule are functions of the step; the items of each term are counted over the whole step;
     each microbatch adds its share of the loss (sum over items / count), so the gradient does not depend on the cut (law 2). Dropout is drawn
     from a generator seeded by (seed, step, microbatch, rank), so nothing of a global generator has to be saved (law 4).
+
+    A step is of the stage that its request says; the stage has its objective and its learning rate.
 
     Each of several ranks takes its share of every step's rows; counts, gradients and the logged loss are sums over all of them. The main rank alone
     writes, and what it finds in a checkpoint is given to the others. Ranks that only teach go along with it
@@ -104,7 +107,7 @@ def fit(
     average = Average(module, settings.ema) if settings.ema is not None else None
     state = _State(module, objective, optimizer, scaler, average)
     watch = _Watch(optimizer, scaler, engine, [module, objective], recorder.role, ranks)
-    epochs = math.ceil(plan.total_steps / feed.round)
+    epochs = len(feed.rounds)
     done = Trained(0, 0.0, epochs - 1)
 
     found = checkpoint.from_main(ranks, lambda: checkpoint.load_newest(recorder.checkpoints, recorder.progress.say))
@@ -130,38 +133,40 @@ def fit(
         recorder.committed()
         ranks.barrier()
 
+    asked = asking(objective, int(settings.accumulate))  # `auto` has been replaced
     requests = (plan.request(step).share(ranks.rank, ranks.size) for step in range(done.steps, plan.total_steps))
     capture, again = Capture(module, objective.student_needs.features), Recomputed(module, settings.gradient_checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), capture, again, _fork(engine):
         module.train()
         objective.train()
-        compute = _Compute(student, objective, capture, engine)
+        compute = _Compute(student, objective, capture, engine, ranks)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
         how: Any = {"workers": feed.workers, "pin_memory": feed.pin_memory, "ranks": ranks.local_size, "say": recorder.progress.say}
         coming = wait.over(stream(feed.builder, requests, **how))
         if teacher is not None:
-            coming = teacher.ahead(coming, objective.teacher_needs, int(settings.accumulate))
+            coming = teacher.ahead(coming, asked)
         for request, whole in coming:
-            selection = objective.select(whole)
+            goal = objective.at(request.stage)
+            selection = goal.select(whole)
             items, *counted = ranks.sum([len(whole) if request.counted else 0, *selection.counts.values()])
             counts = dict(zip(selection.counts, counted, strict=True))
             progress = request.step / plan.total_steps
-            lr = learning_rate(settings, request.step, plan.total_steps)
+            lr = learning_rate(settings, request.step, plan.total_steps, request.stage)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = engine.send(whole)
             for parameter in parameters:
                 parameter.grad = None
             seen: list[_Seen] = []
-            parts = cuts(len(batch), int(settings.accumulate))  # `auto` has been replaced
+            needs, parts = asked(request)
             for micro, (start, stop) in enumerate(parts):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
-                signal = teacher(part, objective.teacher_needs) if teacher is not None else None
+                signal = teacher(part, needs) if teacher is not None and needs is not None else None
                 # After the teacher: whether it is asked, and what it draws, must not move the student's dropout.
                 engine.seed(seed_for(seed, "dropout", request.step, micro, ranks.rank))
                 rows = selection.rows(start, stop, engine.device)
                 with work.no_sync() if ranks.size > 1 and micro < len(parts) - 1 else nullcontext():
-                    share, values, logits = work(part, signal, progress, counts, rows)
+                    share, values, logits = work(part, signal, request.stage, progress, counts, rows)
                     scaler.scale(share).backward()
                 seen.append(_Seen(share.detach(), values, logits, signal.logits if signal is not None else None, part))
             own, terms = _summed(seen)
@@ -182,7 +187,8 @@ def fit(
             done.seconds = time.perf_counter() - began
             rate.add(items)
 
-            epoch, epoch_ends = request.step // feed.round, done.steps % feed.round == 0 or done.steps == plan.total_steps
+            epoch = bisect_right(feed.rounds, request.step)
+            epoch_ends = feed.rounds[epoch] == done.steps
             if done.steps % settings.log_every == 0 or epoch_ends:
                 watch.look()
                 shown = {name: float(value) for name, value in terms.items()}
@@ -193,9 +199,10 @@ def fit(
                         "step": done.steps,
                         "steps": plan.total_steps,
                         "epoch": epoch,
+                        "stage": request.stage,
                         "loss": float(loss),
                         "terms": shown,
-                        "weights": objective.weights(progress),
+                        "weights": goal.weights(progress),
                         "lr": lr,
                         "grad_norm": float(norm),
                         "items_per_second": rate.value or None,
@@ -221,7 +228,7 @@ def fit(
                     recorder.log.write({"role": recorder.role, "step": done.steps, "slow_loader": slow})
                     recorder.progress.say(f"{recorder.role}: {slow}")
             if epoch_ends:
-                _close_epoch(epoch, epochs, state, done, settings, recorder)
+                _close_epoch(epoch, epochs, request.stage, state, done, settings, recorder)
                 rate.restart()
                 wait.restart()
             leaving = ranks.anywhere(recorder.stop())
@@ -236,44 +243,64 @@ def fit(
     return done
 
 
+def asking(objective: Objective | StagedObjective, accumulate: int) -> Asking:
+    """What each step of a fit asks its teacher for, and how it is cut into ``accumulate`` microbatches: functions of its request alone, so that
+    nobody who answers elsewhere has to be told.
+
+    The items of a relational loss are gathered for each microbatch: all ranks then have as many.
+    """
+
+    def asked(request: Request) -> tuple[Needs | None, list[tuple[int, int]]]:
+        own = objective.at(request.stage)
+        return own.teacher_needs if own.needs_teacher else None, request.cuts(accumulate, alike=own.relational)
+
+    return asked
+
+
 class _Compute(nn.Module):
     """From a microbatch to its share of the loss. Student and objective are one module, so that several ranks replicate both alike."""
 
-    def __init__(self, student: Model, objective: Objective, capture: Capture, engine: Engine) -> None:
+    def __init__(self, student: Model, objective: Objective | StagedObjective, capture: Capture, engine: Engine, ranks: Ranks) -> None:
         super().__init__()
         self.student, self.objective = student.module, objective
+        self._gather = ranks.gather if ranks.size > 1 else None
         self._ask, self._capture, self._engine = student, capture, engine
 
     def forward(
-        self, part: Batch, signal: Signal | None, progress: float, counts: Mapping[str, int], rows: Rows
+        self, part: Batch, signal: Signal | None, stage: int, progress: float, counts: Mapping[str, int], rows: Rows
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The share, each term's part of it, and the student's logits."""
         with self._engine.autocast():
             outputs = self._capture.outputs(self._ask, part.student)
-        share, values = self.objective(outputs, signal, part, progress=progress, counts=counts, rows=rows)
+        goal = self.objective.at(stage)
+        share, values = goal(outputs, signal, part, progress=progress, counts=counts, rows=rows, gather=self._gather)
         return share, values, outputs.logits
 
 
-def learning_rate(settings: Train, step: int, total: int) -> float:
+def learning_rate(settings: Train, step: int, total: int, stage: int = 0) -> float:
     """The learning rate of a step, a pure function: linear warm-up over ``warmup`` of all steps, then the schedule down to 0.
+
+    lr is that of the stage where it has one: such a rate is (the stage's lr / train.lr) times what it would be without, whatever the schedule.
 
     one_cycle (Smith and Topin, 2018, arXiv 1708.07120, as torch's OneCycleLR with cosine annealing): from lr / 25 up to lr over ``warmup``,
     down to lr / 250,000.
     """
+    own = settings.stages[stage].lr if settings.stages is not None else None
+    top = settings.lr if own is None else own
     warm = round(settings.warmup * total)
     if settings.schedule == "one_cycle":
         peak = max(0.0, settings.warmup * total - 1)
         if step < peak:
-            return _cosine(settings.lr / 25, settings.lr, step / peak)
-        return _cosine(settings.lr, settings.lr / 25e4, (step - peak) / max(1.0, total - 1 - peak))
+            return _cosine(top / 25, top, step / peak)
+        return _cosine(top, top / 25e4, (step - peak) / max(1.0, total - 1 - peak))
     if step < warm:
-        return settings.lr * (step + 1) / (warm + 1)
+        return top * (step + 1) / (warm + 1)
     left = (step - warm) / max(1, total - warm)
     if settings.schedule == "cosine":
-        return _cosine(settings.lr, 0.0, left)
+        return _cosine(top, 0.0, left)
     if settings.schedule == "linear":
-        return settings.lr * (1 - left)
-    return settings.lr
+        return top * (1 - left)
+    return top
 
 
 def _cosine(start: float, end: float, part: float) -> float:
@@ -305,7 +332,12 @@ class _State:
     """Everything that a step changes: captured into a checkpoint, restored from one."""
 
     def __init__(
-        self, module: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, scaler: Any, average: Average | None
+        self,
+        module: nn.Module,
+        objective: Objective | StagedObjective,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        average: Average | None,
     ) -> None:
         self.module, self.objective, self.optimizer, self.scaler, self.average = module, objective, optimizer, scaler, average
         self.best: dict[str, Tensor] | None = None
@@ -358,7 +390,7 @@ class _State:
             self.module.load_state_dict(self.average.values)
 
 
-def _close_epoch(epoch: int, epochs: int, state: _State, done: Trained, settings: Train, recorder: Recorder) -> None:
+def _close_epoch(epoch: int, epochs: int, stage: int, state: _State, done: Trained, settings: Train, recorder: Recorder) -> None:
     """Validate, remember the best where the recipe selects it, and write the epoch's line."""
     valid = None
     if recorder.validate is not None:
@@ -368,7 +400,7 @@ def _close_epoch(epoch: int, epochs: int, state: _State, done: Trained, settings
                 state.best_value, done.selected_epoch = valid["accuracy"], epoch
                 state.best = {name: t.detach().cpu().clone() for name, t in state.module.state_dict().items()}
         state.module.train()
-    row = {"role": recorder.role, "epoch": epoch, "step": done.steps, "valid": valid, "time": time.time()}
+    row = {"role": recorder.role, "epoch": epoch, "stage": stage, "step": done.steps, "valid": valid, "time": time.time()}
     done.history.append({k: row[k] for k in ("epoch", "step", "valid")})
     recorder.log.write(row)
     recorder.progress.epoch(recorder.role, epoch=epoch, epochs=epochs, valid=valid, seconds=done.seconds)

@@ -2,12 +2,17 @@
 
 A loss gives one value an item; the objective selects the items, sums their values, and divides by the number of that term's items in the
 whole optimiser step. The sum over the microbatches (and ranks) of a step is then the loss of the step, however it was cut.
+
+A relational loss (``LossEntry.per_item`` False) compares the items of a batch with each other, and the mean of its values is the published scalar.
+It sees the items of one microbatch, and on several ranks those of all of them (``gather``). Each rank takes the values of its own items into its
+share, so the shares add up as ever, and N ranks give what one process gives for the same step. Accumulation still cuts what is compared.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,17 +23,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed, nearest
-from limbeck.losses import LOSSES, LossEntry, Parameter, raised
+from limbeck.losses import LOSSES, LossEntry, Parameter, raised, shaped
 from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
 
-__all__ = ["Objective", "Rows", "Selection", "check_terms", "needs_of", "value_at"]
+__all__ = ["Objective", "Rows", "Selection", "StagedObjective", "check_terms", "needs_of", "value_at"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of captured features by module path, batch first."""
 
 Chosen = np.ndarray[Any, np.dtype[np.bool_]]
+
+Gather = Callable[[Sequence[Tensor]], tuple[list[Tensor], slice]]
+"""Tensors of this rank's items -> of the items of all ranks, and where its own stand in them (:meth:`limbeck.ranks.Ranks.gather`)."""
 
 Rows = Mapping[str, tuple[Tensor, ...] | None]
 """By term, where its items stand in a microbatch: the indices in each dimension, or None where everything counts."""
@@ -112,7 +120,7 @@ class Objective(nn.Module):
     Build it with :meth:`build` or :meth:`baseline`, and move it to the device and dtype of the student.
     ``names`` are the losses' names (``kd``, and ``kd.2`` for a second one); ``needs_teacher``, ``student_needs`` and ``teacher_needs`` say
     what it asks of the models; ``per_item`` is False where the gradient depends on how a step is cut into microbatches: a relational loss,
-    or a projection with batch statistics.
+    or a projection with batch statistics. ``relational``: whether it is by a relational loss.
     """
 
     def __init__(self, terms: Sequence[_Term]) -> None:
@@ -123,6 +131,7 @@ class Objective(nn.Module):
         self.student_needs, self.teacher_needs = needs_of([t.term for t in terms])
         self.needs_teacher = self.teacher_needs.logits or bool(self.teacher_needs.features)
         self.per_item = all(t.per_item for t in terms)
+        self.relational = any(t.relational for t in terms)
 
     @classmethod
     def build(
@@ -167,6 +176,10 @@ class Objective(nn.Module):
         found = next((t for t in terms if t.loss == "cross_entropy"), Term(loss="cross_entropy"))
         return cls.build([found.model_copy(update={"weight": 1.0})], classes=classes, label_counts=label_counts)
 
+    def at(self, stage: int) -> Objective:
+        """The objective of a stage: the same one in all of them (see :class:`StagedObjective`)."""
+        return self
+
     def weights(self, progress: float) -> dict[str, float]:
         """Each term's weight at ``progress``, for the log."""
         return {t.name: value_at(t.term.weight, progress) for t in self._each}
@@ -196,12 +209,13 @@ class Objective(nn.Module):
         progress: float,
         counts: Mapping[str, int],
         rows: Rows | None = None,
+        gather: Gather | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The part that one microbatch has in the loss of its step, and each term's unweighted, detached part for the log.
 
         Returns ``sum over terms of weight(progress) * sum of values / counts[term]``; a term without items is a differentiable 0. The sums
         over a step's microbatches are the step's loss and each term's mean over its items. counts: of the whole step. rows: of this
-        microbatch, where :meth:`select` has found them; else they are found here, from the batch.
+        microbatch, where :meth:`select` has found them; else they are found here, from the batch. gather: on several ranks, for relational losses.
         Runs outside autocast, so that every loss is computed in at least float32.
         """
         parts: dict[str, Tensor] = {}
@@ -213,7 +227,7 @@ class Objective(nn.Module):
         with torch.autocast(student.logits.device.type, enabled=False) if within else nullcontext():
             for term in self._each:
                 weight, count = value_at(term.term.weight, progress), max(counts[term.name], 1)
-                summed = term.of(student, teacher, batch, progress, rows[term.name]).sum()
+                summed = term.of(student, teacher, batch, progress, rows[term.name], gather).sum()
                 parts[term.name] = summed.detach() / count
                 if weight:  # at weight 0 an infinite value must not become NaN
                     total = summed * (weight / count) if total is None else total.add(summed, alpha=weight / count)
@@ -223,6 +237,33 @@ class Objective(nn.Module):
             total = nothing if total is None else total + nothing
         assert total is not None
         return total, parts
+
+
+class StagedObjective(nn.Module):
+    """The objectives of the stages of a fit, all of them there from the start: what is asked of the models, and the parameters, are those of all.
+
+    Stages with the same terms have the same objective. A projection goes on from stage to stage where a term of the same name and parameters (its
+    weight aside) has one of the same shapes; its initial values are a function of (seed, name) as ever, so the order of the stages does not matter.
+    """
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        super().__init__()
+        self._stages = tuple(objectives)
+        self.stages = nn.ModuleList(dict.fromkeys(objectives))
+        terms = [t for objective in dict.fromkeys(objectives) for t in objective._each]
+        kept: dict[Any, Any] = {}
+        for term in terms:
+            if term.entry.learned:
+                own = json.dumps(term.term.model_dump(mode="json", exclude={"weight"}), sort_keys=True)
+                shapes = tuple((name, tuple(value.shape)) for name, value in term.loss.state_dict().items())
+                term.loss = kept.setdefault((term.name, own, shapes), term.loss)
+        self.student_needs, self.teacher_needs = needs_of([t.term for t in terms])
+        self.per_item = all(t.per_item for t in terms)
+        self.relational = any(t.relational for t in terms)
+
+    def at(self, stage: int) -> Objective:
+        """The objective of a stage."""
+        return self._stages[stage]
 
 
 class _Term(nn.Module):
@@ -245,17 +286,27 @@ class _Term(nn.Module):
         if missing:
             raise UsageError(missing)
         feature = [shapes[side][p] for side, p in self.layers.items()]
-        self.tokens = any(len(s) == 3 for s in feature)
+        self.tokens = not self.entry.sequences and any(len(s) == 3 for s in feature)
         if self.entry.learned:
             self.loss: Any = self.entry.function(*feature, **values)
             self.values: dict[str, Any] = {}
         else:
-            self.loss, self.values = self.entry.function, values
+            if self.entry.fits is not None:
+                advice = self.entry.fits(*feature)
+                if advice:
+                    gives = ", ".join(f"layer '{p}' of the {side} gives {shaped(shapes[side][p])}" for side, p in self.layers.items())
+                    raise UsageError(Problem("student", f"{term.loss} cannot compare these: {gives}.", advice))
+            paths = {p.name for p in self.entry.parameters.values() if p.layer is not None}  # for the capture, not for the function
+            self.loss, self.values = self.entry.function, {key: value for key, value in values.items() if key not in paths}
         self._schedules = {key: value for key, value in self.values.items() if isinstance(value, Schedule)}
 
     @property
     def per_item(self) -> bool:
         return self.entry.per_item and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+
+    @property
+    def relational(self) -> bool:
+        return not self.entry.per_item
 
     @property
     def counted(self) -> tuple[bool, bool]:
@@ -270,7 +321,15 @@ class _Term(nn.Module):
             return tokens
         return samples
 
-    def of(self, student: Outputs, teacher: Signal | None, batch: Batch, progress: float, rows: tuple[Tensor, ...] | None) -> Tensor:
+    def of(
+        self,
+        student: Outputs,
+        teacher: Signal | None,
+        batch: Batch,
+        progress: float,
+        rows: tuple[Tensor, ...] | None,
+        gather: Gather | None = None,
+    ) -> Tensor:
         """(N,) values of the selected items."""
         by_token = self.tokens and "attention_mask" in batch.student
         items = batch.student["attention_mask"].shape if by_token else batch.mask.shape
@@ -284,12 +343,15 @@ class _Term(nn.Module):
             tensors = [x[rows] for x in tensors]
         elif by_token:
             tensors = [x.flatten(0, 1) for x in tensors]
+        own = slice(None)
+        if self.relational and gather is not None:
+            tensors, own = gather(tensors)
         if not len(tensors[0]):
             return raised(tensors[0]).flatten(1).sum(1)
         loss: Any = self.loss if isinstance(tensors[-1], Tensor) else self.entry.sparse
         now = {key: value_at(schedule, progress) for key, schedule in self._schedules.items()}
         values: Tensor = loss(*tensors, **{**self.values, **now})
-        return values
+        return values[own]
 
     def _tensor(self, what: str, student: Outputs, teacher: Signal | None, batch: Batch) -> Any:
         """A tensor, or :class:`SparseLogits`, which is indexed like one; that the loss can use it was judged when the recipe was read."""

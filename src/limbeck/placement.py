@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from limbeck.data import Request, cuts, stream
+from limbeck.data import Request, stream
 from limbeck.engine import Engine, check_precision
 from limbeck.errors import Interrupted, Problem, UsageError
 from limbeck.loop import Feed, Recorder
 from limbeck.ranks import Ranks
 from limbeck.recipe import Recipe, Train
-from limbeck.teacher import Coming, LiveTeacher, Teacher
+from limbeck.teacher import Asking, Coming, LiveTeacher, Teacher
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["Ahead", "Here", "Seat", "asked_in_the_loop", "attend", "beside", "check_seat", "live_of", "seat_of", "served"]
@@ -114,8 +114,11 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
 # A teacher that is asked ahead.
 
 
-Ask = Callable[[Request, Batch, Needs, int], list[Signal]]
-"""The answers to the microbatches of one step, wherever they are: request, batch (on the CPU), needs, how many microbatches."""
+Cuts = Sequence[tuple[int, int]]
+"""The bounds of the microbatches of a step."""
+
+Ask = Callable[[Request, Batch, Needs, Cuts], list[Signal]]
+"""The answers to the microbatches of one step, wherever they are: request, batch (on the CPU), needs, cuts."""
 
 
 class Ahead:
@@ -148,18 +151,21 @@ class Ahead:
         assert given is None or len(given) == len(batch), "answers go with the batches in their order"
         return signal
 
-    def ahead(self, coming: Coming, needs: Needs, accumulate: int) -> Coming:
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
         if self._there is not None:  # whatever was done with its weights is done
             torch.cuda.synchronize(self._there.device)
         self._left.clear()
+        tried = False
         with ThreadPoolExecutor(1, "limbeck-teacher", torch.set_num_threads, (torch.get_num_threads(),)) as pool:
             before: tuple[Request, Batch, Future[_Answers]] | None = None
             for request, batch in coming:
-                future = pool.submit(self._answers, request, batch, needs, accumulate)
-                if before is None:
+                needs, parts = asked(request)
+                future = pool.submit(self._answers, request, batch, needs, parts)
+                if needs is not None and not tried:  # while the student waits
                     with _no_draws():
                         future.result()
-                else:
+                    tried = True
+                if before is not None:
                     self._present = before[2]
                     yield before[:2]
                 before = request, batch, future
@@ -167,9 +173,11 @@ class Ahead:
                 self._present = before[2]
                 yield before[:2]
 
-    def _answers(self, request: Request, batch: Batch, needs: Needs, accumulate: int) -> _Answers:
+    def _answers(self, request: Request, batch: Batch, needs: Needs | None, parts: Cuts) -> _Answers:
+        if needs is None:
+            return _Answers([], None)
         with torch.cuda.stream(self._there) if self._there is not None else nullcontext():
-            signals = self._ask(request, batch, needs, accumulate)
+            signals = self._ask(request, batch, needs, parts)
             if self._here is None:
                 moved = [signal.to(self._device) for signal in signals]
                 if self._there is not None:
@@ -213,29 +221,35 @@ def _no_draws() -> Iterator[None]:
 def beside(live: LiveTeacher, student: Engine) -> Ahead:
     """The teacher of this process on a device of its own."""
 
-    def ask(request: Request, batch: Batch, needs: Needs, accumulate: int) -> list[Signal]:
-        return _answered(live, batch, needs, accumulate, student.dtype)
+    def ask(request: Request, batch: Batch, needs: Needs, parts: Cuts) -> list[Signal]:
+        return _answered(live, batch, needs, parts, student.dtype)
 
     return Ahead(live.identity, ask, student.device, live)
 
 
-def _answered(live: LiveTeacher, batch: Batch, needs: Needs, accumulate: int, dtype: torch.dtype) -> list[Signal]:
+def _answered(live: LiveTeacher, batch: Batch, needs: Needs, parts: Cuts, dtype: torch.dtype) -> list[Signal]:
     """dtype: of the student's inputs, through which a teacher beside it would get its own."""
     whole = batch.to(torch.device("cpu"), dtype)
-    return [live(whole.part(start, stop), needs) for start, stop in cuts(len(whole), accumulate)]
+    return [live(whole.part(start, stop), needs) for start, stop in parts]
 
 
 class Here:
-    """A teacher that answers at once, for what is measured; wherever it is, its answers come to the student's device."""
+    """A teacher that answers at once, for what is measured; wherever it is, its answers come to the student's device.
 
-    def __init__(self, live: LiveTeacher, device: torch.device) -> None:
+    early: whether the run will ask it a step ahead, so that the answers of two steps are held. shares: whether it then works in the memory in which
+    the student trains, at the same time.
+    """
+
+    def __init__(self, live: LiveTeacher, device: torch.device, seat: Seat | None = None) -> None:
         self.live, self.identity = live, live.identity
+        self.early = seat is not None and (seat.ahead or seat.ranks > 0)
+        self.shares = seat is not None and seat.ahead and seat.device == device
         self._device = device
 
     def __call__(self, batch: Batch, needs: Needs) -> Signal:
         return self.live(batch, needs).to(self._device)
 
-    def ahead(self, coming: Coming, needs: Needs, accumulate: int) -> Coming:
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
         return coming
 
 
@@ -267,7 +281,7 @@ def served(ranks: Ranks, device: torch.device, identity: dict[str, Any]) -> Ahea
     Answers go over gloo, through the memory of the hosts.
     """
 
-    def ask(request: Request, batch: Batch, needs: Needs, accumulate: int) -> list[Signal]:
+    def ask(request: Request, batch: Batch, needs: Needs, parts: Cuts) -> list[Signal]:
         assert ranks.seats is not None
         return _receive(request.step, _server(request.step, ranks.rank, ranks), ranks.seats.lane)
 
@@ -275,12 +289,13 @@ def served(ranks: Ranks, device: torch.device, identity: dict[str, Any]) -> Ahea
 
 
 def attend(
-    teacher: LiveTeacher | None, feed: Feed, needs: Needs, settings: Train, dtype: torch.dtype, recorder: Recorder, ranks: Ranks
+    teacher: LiveTeacher | None, feed: Feed, asked: Asking, settings: Train, dtype: torch.dtype, recorder: Recorder, ranks: Ranks
 ) -> None:
     """What a rank that only teaches does while the students :func:`limbeck.loop.fit`: it answers for the next step, and looks with them whether to
     leave.
 
-    teacher: None where they learn without. feed: as theirs, with the teacher's inputs for the student's. dtype: of the student's inputs.
+    teacher: None where they learn without. feed: as theirs, with the teacher's inputs for the student's. asked: as theirs. dtype: of the student's
+    inputs.
 
     A plan is a pure function of the step, and a batch of its rows, so no batch has to be sent: this rank makes those of every student for itself.
     Raises: Elsewhere where the students leave.
@@ -288,23 +303,35 @@ def attend(
     assert ranks.seats is not None
     students, lane, plan = ranks.seats.students, ranks.seats.lane, feed.plan
     start = int(ranks.heard())
-    mine = [
-        (step, student)
-        for step in range(start, plan.total_steps)
-        for student in range(students)
-        if teacher is not None and _server(step, student, ranks) == ranks.rank
-    ]
-    requests = (plan.request(step).share(student, students) for step, student in mine)
-    coming = stream(feed.builder, requests, workers=feed.workers, pin_memory=feed.pin_memory)
+
+    def mine() -> Iterator[Request]:
+        for first, of in zip(plan.starts, plan.plans, strict=True):
+            if asked(plan.request(first))[0] is None:  # so do all steps of a stage
+                continue
+            for step in range(max(start, first), first + of.total_steps):
+                for student in range(students):
+                    if _server(step, student, ranks) == ranks.rank:
+                        yield plan.request(step).share(student, students)
+
+    how: Any = {"workers": feed.workers, "pin_memory": feed.pin_memory, "ranks": ranks.local_size, "say": recorder.progress.say}
+    coming = stream(feed.builder, mine(), **how)
+    following: tuple[Request, Batch] | None = None
     under_way: list[_Sent] = []
-    turns = deque(mine)
 
     def answer(step: int) -> None:
-        while teacher is not None and turns and turns[0][0] == step:
-            _, batch = next(coming)
+        nonlocal following
+        for student in range(students):
+            if teacher is None or _server(step, student, ranks) != ranks.rank:
+                continue
+            following = following or next(coming, None)
+            if following is None or following[0].step > step:  # this step does not ask
+                return
+            (request, batch), following = following, None
+            needs, parts = asked(request)
+            assert needs is not None
             with _no_draws():
-                signals = _answered(teacher, replace(batch, teacher=batch.student), needs, int(settings.accumulate), dtype)
-            under_way.extend(_send(signals, step, turns.popleft()[1], lane))
+                signals = _answered(teacher, replace(batch, teacher=batch.student), needs, parts, dtype)
+            under_way.extend(_send(signals, step, student, lane))
 
     answer(start)
     for step in range(start, plan.total_steps):

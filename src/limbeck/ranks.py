@@ -64,6 +64,7 @@ class Ranks:
     first: int = 0
     world: Ranks | None = field(default=None, compare=False, repr=False)
     seats: Seats | None = field(default=None, compare=False, repr=False)
+    _gathering: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def main(self) -> bool:
@@ -117,6 +118,28 @@ class Ranks:
         joint = torch.stack([t.detach().double() for t in tensors])
         dist.all_reduce(joint, group=self.group)
         return [t.to(own.dtype) for t, own in zip(joint.unbind(), tensors, strict=True)]
+
+    def gather(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], slice]:
+        """``(N_r, ...)`` of this rank -> ``(N, ...)`` of all ranks, in their order, and where this rank's rows stand in them.
+
+        Ranks may have different numbers of rows, none included; all of the tensors of one rank have the same. All ranks call it, and run backward
+        through what came of it, equally often and in the same order. Backward adds up, for each row, the gradients of all ranks: where each rank's
+        loss is its share of one sum, every rank gets the gradient of that sum.
+
+        It talks in a group of its own, because DistributedDataParallel sums gradients in the same backward pass, in an order of its own.
+        """
+        count = len(tensors[0])
+        if self.size == 1:
+            return list(tensors), slice(0, count)
+        if not self._gathering:
+            assert self.group is None, "a group of some ranks is made by all of them at once: see _seated"
+            self._gathering.append(dist.new_group(timeout=timedelta(seconds=_timeout())))
+        [group] = self._gathering
+        counts = [0] * self.size
+        counts[self.rank] = count
+        counts = self.sum(counts)
+        start = sum(counts[: self.rank])
+        return [_Gathered.apply(x, group, counts, self.rank) for x in tensors], slice(start, start + count)
 
     def add(self, array: Any) -> None:
         """Sum a NumPy array over all ranks, in place."""
@@ -218,6 +241,30 @@ class Seats:
 ALONE = Ranks()
 
 
+class _Gathered(torch.autograd.Function):
+    """The rows of all ranks, which have ``counts`` of them; shorter ones are padded on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, counts: list[int], rank: int) -> Tensor:
+        ctx.about = group, counts, rank
+        most = max(counts)
+        padded = x.new_zeros((most, *x.shape[1:]))
+        padded[: len(x)] = x.detach()
+        parts = [torch.empty_like(padded) for _ in counts]
+        if most:
+            dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        group, counts, rank = ctx.about
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        if summed.numel():
+            dist.all_reduce(summed, group=group)
+        start = sum(counts[:rank])
+        return summed[start : start + counts[rank]], None, None, None
+
+
 def _added(group, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are texts
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
@@ -304,11 +351,12 @@ def _seated(ranks: Ranks, teachers: int) -> Ranks:
     ranks.barrier()
     dist.destroy_process_group()
     dist.init_process_group(backend, store=PrefixStore(f"teachers-{teachers}", ranks.store), rank=number, world_size=size, timeout=timeout)
-    groups = [dist.new_group(list(range(*bounds)), timeout=timeout) for bounds in ((0, students), (students, size))]
+    # Every process makes every group, in one order: for each kind of ranks one for its steps, and one for what it gathers (see Ranks.gather).
+    groups = [[dist.new_group(list(range(*bounds)), timeout=timeout) for _ in range(2)] for bounds in ((0, students), (students, size))]
     lane = dist.new_group(backend="gloo", timeout=timeout)
-    first, count, group = (0, students, groups[0]) if number < students else (students, teachers, groups[1])
+    first, count, (group, gathering) = (0, students, groups[0]) if number < students else (students, teachers, groups[1])
     world = Ranks(number, size, ranks.local_size, ranks.store)
-    own = Ranks(number - first, count, ranks.local_size, ranks.store, group, first, world)
+    own = Ranks(number - first, count, ranks.local_size, ranks.store, group, first, world, _gathering=[gathering])
     return replace(world, seats=Seats(students, own, lane))
 
 

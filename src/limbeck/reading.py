@@ -73,6 +73,9 @@ def build_recipe(data: Mapping[str, Any], *, command: Command, where: str = "rec
     except ValidationError as error:
         problems += check.schema_problems(error.errors(), dropped, Recipe.model_json_schema())
     further = [*check.recipe_problems(plain, value, command), *_objective_problems(plain, command)]
+    reasons = check.stage_reasons(plain)
+    if "objective" in reasons and data.get("objective") is not None:
+        further.append(Problem("objective", reasons["objective"], "Leave it out."))
     told = {p.where for p in further}  # these know more about a key than its type
     if "data.source" in told:
         told.add("task")  # right data tell it
@@ -81,6 +84,7 @@ def build_recipe(data: Mapping[str, Any], *, command: Command, where: str = "rec
         raise RecipeError([_respelt(p, spelt or {}) for p in problems], where)
     if recipe.train.optimizer == "sgd" and recipe.train.momentum == 0:
         recipe.train.nesterov = False
+    recipe.train.epochs = sum(stage.epochs for stage in recipe.stages)
     return recipe
 
 
@@ -203,6 +207,8 @@ def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
         plain["baseline"] = False
     if isinstance(plain.get("train", {}), dict):
         plain["train"] = {**_customary(plain), **plain.get("train", {})}
+        if plain["train"].get("stages") is not None and plain["train"].get("epochs", 0) is None:
+            del plain["train"]["epochs"]  # the sum of theirs
     return plain
 
 
@@ -220,47 +226,73 @@ def _customary(plain: Mapping[str, Any]) -> dict[str, Any]:
     text = {"lr": 5e-5, "batch_size": 32} if plain.get("task") == "text-classification" else {}
     # AdamW's decay is apart from its gradient; added to the gradient, as SGD and Adam do, 0.05 would be a hundred times what is usual.
     by_optimizer: dict[str, dict[str, float]] = {"sgd": {"lr": 0.05, "weight_decay": 5e-4}, "adam": {"weight_decay": 0.0}}
-    return {**text, **by_optimizer.get(str(check.look(plain, "train.optimizer")), {})}
+    found = {**text, **by_optimizer.get(str(check.look(plain, "train.optimizer")), {})}
+    return {name: value for name, value in found.items() if f"train.{name}" not in check.stage_reasons(plain)}
 
 
 def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Problem]:
-    """What is wrong with the terms, and with the pair of terms and teacher."""
-    raw = plain.get("objective")
-    if not isinstance(raw, list) or not raw:
-        return []
+    """What is wrong with the terms of all stages, and with the pair of terms and teacher."""
+    stages = check.look(plain, "train.stages")
+    stages = stages if isinstance(stages, list) else []
+    own = {f"train.stages.{i}.objective": check.look(stage, "objective") for i, stage in enumerate(stages)}
+    raw = {"objective": plain.get("objective"), **own}
+    placed: dict[str, list[Term]] = {}
+    problems: list[Problem] = []
+    whole = True
+    for where, items in raw.items():
+        if not isinstance(items, list) or not items:
+            whole = whole and items in (check.MISSING, None) and where != "objective"
+            continue
+        placed[where], fine = _terms(items)
+        whole = whole and fine
+        for p in check_terms(placed[where]):
+            problems.append(Problem(re.sub(r"\[(\d+)\]", r".\1", p.where.replace("objective", where, 1)), p.message, p.hint))
+    if problems or not whole:
+        return problems
+    if "objective" in check.stage_reasons(plain):
+        placed.pop("objective")
+    terms = {f"{where}.{i}": term for where, found in placed.items() for i, term in enumerate(found)}
+    if command == "train":
+        for where, term in terms.items():
+            _, teacher = needs_of([term])
+            if teacher.logits or teacher.features:
+                text = f"{term.loss} needs a teacher, and `limbeck train` has none."
+                problems.append(Problem(f"{where}.loss", text, "Use `limbeck distill --teacher ...`, or leave it out."))
+    elif plain.get("teacher") is not None:
+        _, teacher = needs_of(list(terms.values()))
+        if not (teacher.logits or teacher.features):
+            used = ", ".join(dict.fromkeys(t.loss for t in terms.values()))
+            text = f"no term of the objective uses the teacher (the terms: {used})."
+            problems.append(Problem("objective", text, "Add kd (--alpha above 0), or use `limbeck train`."))
+        problems += _kept_answers(plain, terms)
+    mixed = check.look(plain, "data.augment.mixup")
+    if isinstance(mixed, int | float) and mixed > 0:
+        for where, term in terms.items():
+            if LOSSES[term.loss].hard_labels:
+                text = f"{term.loss} needs one class a sample, and data.augment.mixup blends the labels of two."
+                problems.append(Problem(f"{where}.loss", text, "Use kd, which reads no labels, or set mixup to 0."))
+    return problems
+
+
+def _terms(items: Sequence[Any]) -> tuple[list[Term], bool]:
+    """The terms that can be read, and whether all of them can: a stand-in for one that is told already keeps the numbers of the others."""
     terms: list[Term] = []
     whole = True
-    for item in raw:
+    for item in items:
         try:
             terms.append(Term.model_validate(item))
-        except ValidationError:  # told already; a stand-in keeps the numbers of the others
+        except ValidationError:
             loss = check.look(item, "loss")
             rest = {**item, "weight": 1.0} if isinstance(item, dict) and isinstance(loss, str) and loss else {"loss": "cross_entropy"}
             terms.append(Term.model_validate(rest))
             whole = False
-    problems = [Problem(re.sub(r"\[(\d+)\]", r".\1", p.where), p.message, p.hint) for p in check_terms(terms)]
-    if problems or not whole:
-        return problems
-    if command == "train":
-        for i, term in enumerate(terms):
-            _, teacher = needs_of([term])
-            if teacher.logits or teacher.features:
-                text = f"{term.loss} needs a teacher, and `limbeck train` has none."
-                problems.append(Problem(f"objective.{i}.loss", text, "Use `limbeck distill --teacher ...`, or leave it out."))
-    elif plain.get("teacher") is not None:
-        _, teacher = needs_of(terms)
-        if not (teacher.logits or teacher.features):
-            used = ", ".join(t.loss for t in terms)
-            text = f"no term of the objective uses the teacher (the terms: {used})."
-            problems.append(Problem("objective", text, "Add kd (--alpha above 0), or use `limbeck train`."))
-        problems += _kept_answers(plain, terms)
-    return problems
+    return terms, whole
 
 
-def _kept_answers(plain: Mapping[str, Any], terms: Sequence[Term]) -> Iterator[Problem]:
-    """What a term asks of a teacher's answers, against the form in which they are kept or given."""
+def _kept_answers(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> Iterator[Problem]:
+    """What a term asks of a teacher's answers, against the form in which they are kept or given. terms: by where they stand."""
     value = defaulted(plain)
-    _, needs = needs_of(terms)
+    _, needs = needs_of(list(terms.values()))
     model, store, codec = value("teacher.model"), value("teacher_cache.store"), value("teacher_cache.codec")
     if isinstance(model, str) and paths.split_name(model)[0] == "logits" and needs.features:
         yield Problem("objective", f"a term reads the teacher's layer '{needs.features[0]}', and {model} has logits alone.")
@@ -274,23 +306,27 @@ def _kept_answers(plain: Mapping[str, Any], terms: Sequence[Term]) -> Iterator[P
         return
     told = value("teacher_cache.temperature")
     temperatures: list[Any] = [told] if isinstance(told, int | float) else []
-    for i, term in enumerate(terms):
+    for where, term in terms.items():
         entry = LOSSES[term.loss]
         if "teacher.logits" not in entry.reads:
             continue
         if entry.sparse is None:
             exact = listed([e.name for e in LOSSES.values() if e.sparse is not None])
             text = f"{term.loss} would be biased on the sparse codec, which is for {exact} alone."
-            yield Problem(f"objective.{i}.loss", text, "Use teacher_cache.codec: float16.")
+            yield Problem(f"{where}.loss", text, "Use teacher_cache.codec: float16.")
+            continue
+        if (term.model_extra or {}).get("standardize"):
+            text = "is true, which takes all logits, and the sparse codec keeps a few."
+            yield Problem(f"{where}.standardize", text, "Use teacher_cache.codec: float16.")
             continue
         own = (term.model_extra or {}).get("temperature", entry.parameters["temperature"].default)
         if not isinstance(own, int | float):
             yield Problem(
-                f"objective.{i}.temperature", "changes over training, and the sparse codec keeps one temperature.", "Use codec: float16."
+                f"{where}.temperature", "changes over training, and the sparse codec keeps one temperature.", "Use codec: float16."
             )
         elif temperatures and own != temperatures[0]:
             text = f"is {own:g}, and the sparse codec keeps probabilities of temperature {temperatures[0]:g}: any other would be biased."
-            yield Problem(f"objective.{i}.temperature", text, "Use codec: float16, or one temperature.")
+            yield Problem(f"{where}.temperature", text, "Use codec: float16, or one temperature.")
         else:
             temperatures.append(own)
     if not needs.logits:

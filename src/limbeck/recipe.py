@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Section",
+    "Stage",
     "TeacherCache",
     "TeacherSpec",
     "TeacherTraining",
@@ -46,6 +47,7 @@ Count = Annotated[int, Field(ge=1), _number]
 BatchSize = Annotated[int, Field(ge=1, json_schema_extra={"expected": "a whole number of at least 1 or 'auto'"}), _number]
 Workers = Annotated[int, Field(ge=0), _number]
 Tokens = Annotated[int, Field(ge=2), _number]
+Pixels = Annotated[int, Field(ge=1, le=8192), _number]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1), _number]
 Positive = Annotated[float, Field(gt=0), _number]
 NotNegative = Annotated[float, Field(ge=0), _number]
@@ -171,10 +173,29 @@ class Term(Section):
     weight: Real | Schedule = 1.0
 
 
+class Stage(Section):
+    """A stretch of training; what is null is as in the whole recipe."""
+
+    epochs: Count
+    fraction: Share = 1.0
+    """Of the training rows: the first of them in the order of a hash of (data seed, sample id), so that a smaller fraction is a part of a larger
+    one. Not stratified."""
+    objective: Annotated[list[Term], Field(min_length=1)] | None = None
+    lr: Positive | None = None
+    """In place of train.lr; schedule and warm-up are those of the whole run."""
+    resolution: Pixels | tuple[Pixels, Pixels] | None = None
+    """Of the student's images while it trains; the teacher, and every evaluation, keep their own."""
+    max_length: Tokens | None = None
+    """In tokens, of the student's texts while it trains; the teacher, and every evaluation, keep their own."""
+
+
 class Train(Section):
     """How the student (and the baseline) is trained."""
 
     epochs: Count = 10
+    """With stages, the sum of theirs."""
+    stages: Annotated[list[Stage], Field(min_length=1)] | None = None
+    """Stretches of training, one after the other, in one run."""
     batch_size: BatchSize = 128
     """The samples of one optimiser step, over all microbatches and ranks; for text 32 where it is not given. auto: that number, and
     accumulate: auto."""
@@ -259,6 +280,22 @@ class Recipe(Section):
         """How many ranks only teach (``teacher.placement: ranks:K``)."""
         kind, _, count = ("same" if self.teacher is None else self.teacher.placement).partition(":")
         return int(count) if kind == "ranks" else 0
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of training; one, on all rows, where the recipe has none."""
+        return list(self.train.stages) if self.train.stages is not None else [Stage(epochs=self.train.epochs)]
+
+    @property
+    def objectives(self) -> list[list[Term]]:
+        """The terms of each stage."""
+        return [stage.objective or self.objective for stage in self.stages]
+
+    @property
+    def terms(self) -> list[Term]:
+        """The terms of all stages, each list of them once."""
+        lists = self.objectives
+        return [term for i, terms in enumerate(lists) if terms not in lists[:i] for term in terms]
 
     def to_yaml(self) -> str:
         """Every key, in the order of the documentation; keys without effect in this recipe are null. Reading it gives an equal recipe."""

@@ -118,7 +118,9 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     agree(job, begun)
     recorded = _recorded(job, begun.facts)
     if ranks.size - ranks.teachers > 1 and not begun.objective.per_item:
-        begun.notes.append("The objective is taken over a batch: on several ranks each takes it over its own share of a step.")
+        gathered = "The objective compares the items of a batch: for each microbatch those of all ranks are gathered."
+        own = "A projection has batch statistics: on several ranks each takes them of its own share of a step."
+        begun.notes.append(gathered if begun.objective.relational else own)
     for note in [*begun.notes, summary(data, begun)]:
         progress.say(note)
     if dry_run:
@@ -276,7 +278,7 @@ def _student_choice(job: Job, begun: Begun, teacher: Teacher | None, progress: P
         recipe,
         begun.student,
         _to_measure_with(begun, teacher),
-        begun.objective,
+        begun.objective.at(begun.parts.measured),
         begun.parts,
         begun.device,
         progress,
@@ -294,7 +296,7 @@ def _to_measure_with(begun: Begun, teacher: Teacher | None) -> Teacher | None:
     if live is None:
         assert begun.model is not None
         live = LiveTeacher(begun.model, Engine(torch.device("cpu")), begun.columns)
-    return Here(live, begun.device)
+    return Here(live, begun.device, begun.seat)
 
 
 def _blocks(student: Model, recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,25 +17,28 @@ from limbeck.errors import LimbeckError
 from limbeck.models import Capture, Model, logits_of, state_hash
 from limbeck.types import Batch, Needs, Signal
 
-__all__ = ["Coming", "LiveTeacher", "Meter", "Teacher"]
+__all__ = ["Asking", "Coming", "LiveTeacher", "Meter", "Teacher"]
 
 Coming = Iterator[tuple[Request, Batch]]
 """The batches of a fit's steps, in order."""
+
+Asking = Callable[[Request], tuple[Needs | None, Sequence[tuple[int, int]]]]
+"""What a step asks its teacher for (None: it does not ask), and the bounds of the microbatches that it asks about."""
 
 
 class Teacher(Protocol):
     """Whatever can say, for a batch, what a student should learn from.
 
     ``identity`` says which weights and which preparation of inputs it answers with. A loop takes its batches from ``ahead``, so that a teacher that
-    sits elsewhere sees the next one while the student trains on the present one, and then asks about every microbatch in order
-    (``accumulate``: how many a batch is cut into). One that is asked where the loop runs gives them back as they come.
+    sits elsewhere sees the next one while the student trains on the present one, and then asks about every microbatch in order, in the steps that
+    ask at all (``asked`` knows). One that is asked where the loop runs gives the batches back as they come.
     """
 
     identity: dict[str, Any]
 
     def __call__(self, batch: Batch, needs: Needs) -> Signal: ...
 
-    def ahead(self, coming: Coming, needs: Needs, accumulate: int) -> Coming: ...
+    def ahead(self, coming: Coming, asked: Asking) -> Coming: ...
 
 
 class Meter:
@@ -96,7 +99,7 @@ class LiveTeacher:
         self.meter.add(time.perf_counter() - start, self.engine.device)
         return Signal(logits, features)
 
-    def ahead(self, coming: Coming, needs: Needs, accumulate: int) -> Coming:
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
         return coming
 
     def in_data_order(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -94,6 +94,31 @@ COMMON: dict[str, Any] = {
 }
 
 
+# The first stage asks the teacher nothing, the next one for other things than the last, which compares the items of a step. Steps of 15 rows: two
+# that train have 8 and 7, which would be cut into 4 and 3.
+STAGED: dict[str, Any] = {
+    "train": {
+        "epochs": None,
+        "accumulate": 4,
+        "batch_size": 15,
+        "checkpoint_every": 2,
+        "stages": [
+            {"fraction": 0.6, "epochs": 1, "objective": ["cross_entropy"]},
+            {"epochs": 1, "objective": LAYERS, "resolution": 6, "lr": 0.02},
+            {
+                "fraction": 0.8,
+                "epochs": 1,
+                "objective": [
+                    {"loss": "similarity_preserving", "weight": 3.0, "student": "norm", "teacher": "norm"},
+                    {"loss": "dist", "weight": 0.5},
+                ],
+            },
+        ],
+    },
+    "objective": None,
+}
+
+
 def placed(folder: Path, placement: str, name: str = "", **changes: Any) -> Path:
     teacher = {"model": f"python:nets.py:{name or 'teacher'}", "placement": placement}
     return recipe(folder, f"{name}{placement.replace(':', '-')}.yaml", **{**COMMON, "teacher": teacher, **changes})
@@ -118,6 +143,41 @@ def equal(one: Path, other: Path) -> None:
     assert a["models"]["teacher"]["metrics"] == b["models"]["teacher"]["metrics"]
     assert a["models"]["student"]["agreement"] == b["models"]["student"]["agreement"]
     assert [steps(one, role) for role in ("student", "baseline")] == [steps(other, role) for role in ("student", "baseline")]
+
+
+class TestStages:
+    """2 steps without the teacher, 4, 3: what is asked, and how it is cut, is that of the step."""
+
+    @pytest.fixture(scope="class")
+    def quiet(self, there: Path) -> Path:
+        path = placed(there, "same", **STAGED)
+        run("distill", path, out=there / "stages-1")
+        codes, said = ended(ranks(2, "distill", path, "--out", there / "stages-2", said=there / "said-stages"))
+        assert codes == [0, 0], said
+        return there
+
+    def test_on_a_device(self, quiet: Path, tmp_path: Path) -> None:
+        assert run("distill", placed(quiet, "device:cpu", **STAGED), out=tmp_path / "run")["cost"]["teacher_items"] >= 50 + 40
+        equal(quiet / "stages-1", tmp_path / "run")
+
+    @pytest.mark.parametrize(("teachers", "size"), [(1, 2), (1, 3), (2, 4)])
+    def test_on_ranks(self, quiet: Path, tmp_path: Path, teachers: int, size: int) -> None:
+        out = tmp_path / "run"
+        codes, said = ended(ranks(size, "distill", placed(quiet, f"ranks:{teachers}", **STAGED), "--out", out, said=tmp_path / "said"))
+        assert codes == [0] * size, said
+        equal(quiet / f"stages-{size - teachers}", out)
+
+    @pytest.mark.parametrize("after", [1, 4, 7])
+    def test_stopped_in_any_of_them(self, quiet: Path, tmp_path: Path, after: int) -> None:
+        path, out = placed(quiet, "ranks:1", **STAGED), tmp_path / "run"
+        processes = ranks(3, "distill", path, "--out", out, said=tmp_path / "said", SLOW="0.05")
+        wait_for(processes[0], lambda: len(steps(out, "student")) >= after)
+        processes[after % 3].send_signal(signal.SIGTERM)
+        codes, said = ended(processes)
+        assert codes == [75] * 3, said
+        codes, said = ended(ranks(3, "distill", path, "--out", out, "--resume", said=tmp_path / "last"))
+        assert codes == [0] * 3, said
+        equal(quiet / "stages-2", out)
 
 
 class TestDevice:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from running import ended, lines, make_folder, ranks, read, recipe, run, start, steps, wait_for, weights
+from running import distance, ended, lines, make_folder, ranks, read, recipe, run, several, start, steps, wait_for, weights
 
 DENSE = """
 
@@ -81,20 +81,6 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "nets.py").write_text((folder / "nets.py").read_text() + DENSE)
     run("distill", recipe(folder, **EXACT), out=folder / "alone")
     return folder
-
-
-def several(size: int, *arguments: Any, out: Path, **environment: str) -> dict[str, Any]:
-    """A run of so many ranks that succeeds; its metrics.json."""
-    codes, said = ended(ranks(size, *arguments, "--out", out, said=out.with_suffix(".said"), **environment))
-    assert codes == [0] * size, said
-    return dict(read(out / "metrics.json"))
-
-
-def distance(one: Path, other: Path) -> float:
-    """The largest difference between two saved models, relative to the largest weight."""
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert a.keys() == b.keys()
-    return max(float(np.abs(a[k].astype(np.float64) - b[k]).max() / max(1.0, np.abs(a[k]).max())) for k in a if a[k].size)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -351,3 +337,18 @@ def test_the_shares_of_a_request_are_its_rows(count: int, size: int) -> None:
     np.testing.assert_array_equal(np.concatenate(counted), whole.rows)
     assert all(len(rows) >= 2 for rows in counted) or count < 4
     assert all(len(share.rows) for share in shares)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shares_may_be_cut_alike_by_their_requests_alone(size: int, accumulate: int) -> None:
+    """Into as many parts as the share has that is cut into the fewest; each share is still covered, in order."""
+    from limbeck.data import Request
+
+    for count in range(1, 40):
+        shares = [Request(0, 0, 0, np.arange(count)).share(rank, size) for rank in range(size)]
+        fewest = min(len(share.cuts(accumulate)) for share in shares)
+        for share in shares:
+            bounds = share.cuts(accumulate, alike=True)
+            assert len(bounds) == fewest
+            assert [i for start, stop in bounds for i in range(start, stop)] == list(range(len(share.rows)))

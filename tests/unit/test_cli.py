@@ -116,8 +116,21 @@ class TestListings:
         assert all(f"\n{name} " in shown for name in ("kd", "cross_entropy", "hint"))
         assert limbeck("losses", "kd") == 0
         assert "temperature" in capsys.readouterr().out
+        assert limbeck("losses", "attention_transfer") == 0
+        shown = capsys.readouterr().out
+        assert all(
+            part in shown
+            for part in ("mean over places of (Q_s / |Q_s| - Q_t / |Q_t|)^2", "form", "- {loss: attention_transfer,", "arXiv:1612.03928")
+        )
+        assert ">>>" not in shown
         assert limbeck("losses", "kdd") == 2
         assert "Did you mean 'kd'?" in capsys.readouterr().err
+
+    def test_the_page_of_losses_is_up_to_date(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert limbeck("losses", "--markdown") == 0
+        said = "run: limbeck losses --markdown > docs/losses.md"
+        assert capsys.readouterr().out == (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8"), said
+        assert limbeck("losses", "kd", "--markdown") == 2
 
     def test_models(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert limbeck("models") == 0

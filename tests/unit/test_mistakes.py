@@ -125,6 +125,15 @@ READING = {
     "momentum with adamw": recipe(GOOD + "train: {momentum: 0.9}\n", "train.momentum", "sgd"),
     "betas with sgd": recipe(GOOD + "train: {optimizer: sgd, betas: [0.9, 0.99]}\n", "train.betas", "adam"),
     "texts' settings for images": recipe(GOOD.replace("digits", "{source: digits, max_length: 64}"), "data.max_length", "texts"),
+    "dkd with blended labels": recipe(
+        "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: {source: digits, augment: {mixup: 0.2}}\nobjective: [{loss: dkd}]\n",
+        "objective.0.loss",
+        "mixup blends",
+    ),
+    "standardised logits of a few": recipe(
+        GOOD + "objective: [{loss: kd, standardize: true}]\nteacher_cache: {codec: sparse}\n", "objective.0.standardize", "float16"
+    ),
+    "standardize in words": recipe(GOOD + "objective: [{loss: kd, standardize: perhaps}]\n", "objective.0.standardize", "true or false"),
     "images' settings for texts": recipe(TEXTS + "data: {source: csv:good.csv, augment: {mixup: 0.2}}\n", "data.augment", "images"),
     "two sizes of test data": recipe(GOOD.replace("digits", "{source: npz:good.npz, test: good.npz, test_fraction: 0.5}"), "test_fraction"),
     "a teacher in train": recipe(GOOD, "teacher", "limbeck distill", command="train"),
@@ -142,6 +151,49 @@ READING = {
     "a broken schedule": recipe(GOOD + "objective: [{loss: kd, weight: {start: 1, stop: 0}}]\n", "weight.stop", "weight.end"),
     "a hint without layers": recipe(GOOD + "objective: [{loss: hint}]\n", "objective.0", "student", "teacher"),
     "temp beside an objective": recipe(GOOD + "objective: [kd]\n", "--temp", "objective", options=("--temp", "2")),
+    # stages
+    "a stage without epochs": recipe(GOOD + "train: {stages: [{fraction: 0.1}]}\n", "train.stages.0.epochs: is missing"),
+    "a fraction in percent": recipe(GOOD + "train: {stages: [{fraction: 10, epochs: 1}]}\n", "train.stages.0.fraction", "at most 1"),
+    "no stage": recipe(GOOD + "train: {stages: []}\n", "train.stages: got []"),
+    "a number of stages": recipe(GOOD + "train: {stages: 3}\n", "train.stages: got 3, expected a list of mappings"),
+    "an unknown key of a stage": recipe(GOOD + "train: {stages: [{epochs: 1, fracton: 0.1}]}\n", "train.stages.0.fracton", "'fraction'"),
+    "epochs beside stages": recipe(
+        GOOD + "train: {epochs: 10, stages: [{epochs: 2}, {epochs: 3}]}\n", "train.epochs: is 10", "have 5 epochs in all", "Leave it out"
+    ),
+    "epochs beside stages on the command line": recipe(
+        GOOD + "train: {stages: [{epochs: 2}]}\n", "--epochs: is 3", options=("--epochs", "3")
+    ),
+    "a rate that no stage reads": recipe(GOOD + "train: {lr: 0.1, stages: [{epochs: 1, lr: 0.2}]}\n", "train.lr: has no effect"),
+    "an objective that no stage reads": recipe(
+        GOOD + "objective: [kd]\ntrain: {stages: [{epochs: 1, objective: [kd]}]}\n", "objective: has no effect where every stage"
+    ),
+    "temp that no stage reads": recipe(
+        GOOD + "train: {stages: [{epochs: 1, objective: [kd]}]}\n", "objective: has no effect", options=("--temp", "2")
+    ),
+    "a loss of a stage": recipe(
+        GOOD + "train: {stages: [{epochs: 1}, {epochs: 1, objective: [kd, kdd]}]}\n",
+        "train.stages.1.objective.1.loss",
+        "Did you mean 'kd'?",
+    ),
+    "a temperature of a stage": recipe(
+        GOOD + "train: {stages: [{epochs: 1, objective: [{loss: kd, temperature: 0}]}]}\n", "train.stages.0.objective.0.temperature"
+    ),
+    "a teacher that no stage asks": recipe(
+        GOOD + "train: {stages: [{epochs: 1, objective: [cross_entropy]}]}\n", "objective", "uses the teacher"
+    ),
+    "kd in a stage of train": recipe(
+        "student: a\ndata: digits\ntrain: {stages: [{epochs: 1, objective: [kd]}, {epochs: 1}]}\n",
+        "train.stages.0.objective.0.loss: kd needs a teacher",
+        command="train",
+    ),
+    "tokens in a stage of images": recipe(GOOD + "train: {stages: [{epochs: 1, max_length: 8}]}\n", "stages.0.max_length", "texts"),
+    "pixels in a stage of texts": recipe(
+        TEXTS + "data: csv:good.csv\ntrain: {stages: [{epochs: 1, resolution: 8}]}\n", "stages.0.resolution", "images"
+    ),
+    "two temperatures of a sparse cache": recipe(
+        GOOD + "teacher_cache: {codec: sparse}\ntrain: {stages: [{epochs: 1}, {epochs: 1, objective: [{loss: kd, temperature: 2}]}]}\n",
+        "train.stages.1.objective.0.temperature: is 2",
+    ),
     # models
     "an unknown kind of model": line((*DISTILL[:4], "torchvison:resnet18", "--data", "digits"), "--student", "'torchvision:'"),
     "a kind without a name": line((*DISTILL[:4], "timm:", "--data", "digits"), "--student", "without a name"),

@@ -43,15 +43,25 @@ _POLL = 0.05
 
 @dataclass(frozen=True)
 class Request:
-    """Rows that are wanted under one view. keys: ``(N, 2)`` of all rows of a split, in the split's order. lengths: in tokens, or None."""
+    """Rows that are wanted under one view. keys: ``(N, 2)``, in the split's order. lengths: in tokens, or None. rows: ``(N,)``, where they stand in
+    the split; None: they are all of it."""
 
     view: int
     keys: Keys
     lengths: npt.NDArray[Any] | None = None
+    rows: Int64 | None = None
+
+    def of(self, values: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+        """What belongs to each key, of values for the whole split."""
+        return values if values is None or self.rows is None else values[self.rows]
+
+    def places(self, chosen: Int64) -> Int64:
+        """Rows of the split, from indices of keys."""
+        return chosen if self.rows is None else self.rows[chosen]
 
 
 def missing(reader: Reader | None, request: Request) -> Int64:
-    """Rows of the split that the cache lacks, each key once, in key order."""
+    """Indices of the keys that the cache lacks, each key once, in key order."""
     order: Int64 = np.lexsort((request.keys[:, 1], request.keys[:, 0])).astype(np.int64)
     if not len(order):
         return order
@@ -209,7 +219,7 @@ def _answers(rows: Int64, request: Request, ask: Ask, block: int, tick: Callable
     by = np.arange(len(rows)) if request.lengths is None else np.argsort(request.lengths[rows], kind="stable")
     found: dict[str, npt.NDArray[Any]] = {}
     chosen_of = [by[start : start + block] for start in range(0, len(rows), block)]
-    for chosen, columns in zip(chosen_of, ask([rows[chosen] for chosen in chosen_of], request.view), strict=True):
+    for chosen, columns in zip(chosen_of, ask([request.places(rows[chosen]) for chosen in chosen_of], request.view), strict=True):
         for name, values in columns.items():
             if name not in found:
                 found[name] = np.empty((len(rows), *values.shape[1:]), dtype=values.dtype)

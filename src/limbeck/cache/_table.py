@@ -15,7 +15,7 @@ from limbeck.data import Data, groups, rows_of
 from limbeck.data.tables import read_parquet
 from limbeck.errors import Problem, UsageError, nearest
 from limbeck.run import file_sha256
-from limbeck.teacher import Coming
+from limbeck.teacher import Asking, Coming
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["TableTeacher", "write_ids"]
@@ -202,7 +202,7 @@ class TableTeacher:
                     Problem(WHERE, f"{self.path} has NaN or infinity for the sample {high:016x}{low:016x} (its row {rows[bad[0]]}).")
                 )
 
-    def ahead(self, coming: Coming, needs: Needs, accumulate: int) -> Coming:
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
         return coming
 
     def __call__(self, batch: Batch, needs: Needs) -> Signal:

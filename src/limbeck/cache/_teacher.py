@@ -13,7 +13,7 @@ import torch
 from limbeck.cache._codec import Sparse, Stored, sparse_differences
 from limbeck.cache._store import Reader
 from limbeck.errors import LimbeckError, UsageError
-from limbeck.teacher import Coming
+from limbeck.teacher import Asking, Coming
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["CachedTeacher", "compare"]
@@ -50,7 +50,7 @@ class CachedTeacher:
             signal = replace(signal, features=cut)
         return signal.to(self.device)
 
-    def ahead(self, coming: Coming, needs: Needs, accumulate: int) -> Coming:
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
         return coming
 
 

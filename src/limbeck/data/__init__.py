@@ -6,7 +6,7 @@ builder makes the batch, each model's inputs from the same view; a stream does s
 
 from __future__ import annotations
 
-from limbeck.data.batches import BatchBuilder, Plan, Request, cuts, evaluation_requests
+from limbeck.data.batches import BatchBuilder, Plan, Request, StagedBuilder, StagedPlan, cuts, evaluation_requests, nested
 from limbeck.data.ids import groups, rows_of
 from limbeck.data.keys import view_keys
 from limbeck.data.load import FORMS, load_data
@@ -28,6 +28,8 @@ __all__ = [
     "Request",
     "Source",
     "Split",
+    "StagedBuilder",
+    "StagedPlan",
     "augmentation",
     "choose_workers",
     "cuts",
@@ -35,6 +37,7 @@ __all__ = [
     "evaluation_requests",
     "groups",
     "load_data",
+    "nested",
     "rows_of",
     "skipped_csv",
     "stream",

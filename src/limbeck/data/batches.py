@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,17 +14,17 @@ import torch
 from torch import Tensor
 
 from limbeck.data.decode import resize
-from limbeck.data.ids import pair_ids
+from limbeck.data.ids import Ids, pair_ids
 from limbeck.data.sources import Raw
 from limbeck.data.splits import Split
 from limbeck.data.text import Tokens, tokens_of
 from limbeck.data.views import Partners, beta, check_augment, image_views
 from limbeck.errors import LimbeckError, Problem, UsageError
-from limbeck.randomness import order
+from limbeck.randomness import order, uniform
 from limbeck.recipe import Augment
 from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing
 
-__all__ = ["BatchBuilder", "Plan", "Request", "cuts", "evaluation_requests"]
+__all__ = ["BatchBuilder", "Plan", "Request", "StagedBuilder", "StagedPlan", "cuts", "evaluation_requests", "nested"]
 
 Int64 = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -31,13 +34,16 @@ _BUCKET = 50  # batches that are sorted by length together: long enough for litt
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One batch to build. step: of the whole fit, from 0. rows: ``(B,)`` int64 indices into the split. counted: False where no loss counts them."""
+    """One batch to build. step and epoch: of the whole fit, from 0. rows: ``(B,)`` int64 indices into the split. counted: False where no loss counts
+    them. stage: of the fit, from 0. smallest: how many rows the smallest share of its step has; None where it is not shared."""
 
     step: int
     epoch: int
     view: int
     rows: Int64
     counted: bool = True
+    stage: int = 0
+    smallest: int | None = None
 
     def share(self, rank: int, size: int) -> Request:
         """The rows of one of ``size`` ranks; together they are those of this request, in order.
@@ -48,10 +54,19 @@ class Request:
         if size == 1:
             return self
         bounds = cuts(len(self.rows), size)
+        along = self.rows[:2]
+        smallest = min(stop - start for start, stop in bounds) if len(bounds) == size else len(along)
         if rank < len(bounds):
             start, stop = bounds[rank]
-            return replace(self, rows=self.rows[start:stop])
-        return replace(self, rows=self.rows[:2], counted=False)
+            return replace(self, rows=self.rows[start:stop], smallest=smallest)
+        return replace(self, rows=along, counted=False, smallest=smallest)
+
+    def cuts(self, accumulate: int, *, alike: bool = False) -> list[tuple[int, int]]:
+        """The bounds of its microbatches, ``accumulate`` of them or fewer. alike: no more than the smallest share of the step has, so that all shares
+        have as many."""
+        if alike and self.smallest is not None:
+            accumulate = len(cuts(self.smallest, accumulate))
+        return cuts(len(self.rows), accumulate)
 
 
 def cuts(count: int, parts: int) -> list[tuple[int, int]]:
@@ -75,6 +90,9 @@ class Plan:
     ``total_steps``: instead of ``epochs``, that many steps of exactly ``batch_size`` rows, cut from the epochs laid end to end, so that a
     step may run over an epoch's end and fewer rows than a batch repeat within it. A step belongs to the epoch of its first row.
     ``steps_per_epoch`` is then how many whole batches an epoch has, at least one.
+
+    It may be one stage of a fit (:class:`StagedPlan`). ``rows``: the indices into the split that it visits; None: all. ``first_epoch``: epochs of the
+    fit before it; order and view count from there. ``stage``: its number.
     """
 
     def __init__(
@@ -89,16 +107,19 @@ class Plan:
         lengths: npt.NDArray[Any] | None = None,
         drop_single: bool = False,
         total_steps: int | None = None,
+        rows: Int64 | None = None,
+        first_epoch: int = 0,
+        stage: int = 0,
     ) -> None:
         if lengths is not None and len(lengths) != len(split):
             raise ValueError(f"{len(lengths)} lengths for {len(split)} samples")
         self.seed, self.data_seed, self.epochs, self.batch_size, self.views = seed, data_seed, epochs, batch_size, views
-        self._lengths = lengths
-        self._count = len(split)
+        self._lengths, self._rows, self.first_epoch, self.stage = lengths, rows, first_epoch, stage
+        self.count = len(split) if rows is None else len(rows)
         self._endless = total_steps is not None
-        single = drop_single and self._count > 1 and batch_size > 1 and self._count % batch_size == 1
-        self._used = self._count - 1 if single else self._count
-        self.steps_per_epoch = max(1, self._count // batch_size) if self._endless else -(-self._used // batch_size)
+        single = drop_single and self.count > 1 and batch_size > 1 and self.count % batch_size == 1
+        self._used = self.count - 1 if single else self.count
+        self.steps_per_epoch = max(1, self.count // batch_size) if self._endless else -(-self._used // batch_size)
         self.total_steps = self.steps_per_epoch * epochs if total_steps is None else total_steps
         self._round: tuple[int, list[Int64]] = (-1, [])
 
@@ -111,9 +132,14 @@ class Plan:
         if number != wanted:
             batches = self._batches(wanted)
             self._round = (wanted, batches)
-        epoch = step * self.batch_size // self._count if self._endless else wanted
+        epoch = self.first_epoch + (step * self.batch_size // self.count if self._endless else wanted)
         view = epoch if self.views is None else epoch % self.views
-        return Request(step, epoch, view, batches[place])
+        return Request(step, epoch, view, batches[place], stage=self.stage)
+
+    @property
+    def rounds(self) -> range:
+        """The number of steps that are done at the end of each epoch."""
+        return range(self.steps_per_epoch, self.total_steps + 1, self.steps_per_epoch)
 
     def _batches(self, number: int) -> list[Int64]:
         """The batches of ``steps_per_epoch`` steps: of an epoch, or of as many rows of the epochs laid end to end."""
@@ -125,17 +151,54 @@ class Plan:
         for start in range(0, len(chosen), size):
             bucket = chosen[start : start + size]
             batches += _cut(bucket[np.argsort(self._lengths[bucket], kind="stable")], self.batch_size)
-        return [batches[i] for i in order(len(batches), self.seed, "batches", number)]
+        return [batches[i] for i in order(len(batches), self.seed, "batches", self.first_epoch + number)]
 
     def _stretch(self, number: int) -> Int64:
         size = self.steps_per_epoch * self.batch_size
         start, stop = number * size, (number + 1) * size
-        first, last = start // self._count, (stop - 1) // self._count
+        first, last = start // self.count, (stop - 1) // self.count
         rows = np.concatenate([self._order(epoch) for epoch in range(first, last + 1)])
-        return rows[start - first * self._count : stop - first * self._count]
+        return rows[start - first * self.count : stop - first * self.count]
 
     def _order(self, epoch: int) -> Int64:
-        return order(self._count, self.seed, "order", epoch)
+        """epoch: of this plan, from 0."""
+        found = order(self.count, self.seed, "order", self.first_epoch + epoch)
+        return found if self._rows is None else self._rows[found]
+
+
+class StagedPlan:
+    """Plans one after the other, as one: the stages of a fit. Plan i has stage i, and begins at step ``starts[i]``."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.plans = tuple(plans)
+        ends = list(accumulate(plan.total_steps for plan in plans))
+        self.starts, self.total_steps = [0, *ends[:-1]], ends[-1]
+
+    def request(self, step: int) -> Request:
+        """The batch of one optimiser step, ``0 <= step < total_steps``."""
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of {self.total_steps}")
+        stage = bisect_right(self.starts, step) - 1
+        start = self.starts[stage]
+        found = self.plans[stage].request(step - start)
+        return found if not start else replace(found, step=step)
+
+    @property
+    def rounds(self) -> Sequence[int]:
+        """The number of steps that are done at the end of each epoch."""
+        if len(self.plans) == 1:
+            return self.plans[0].rounds
+        return [start + end for start, plan in zip(self.starts, self.plans, strict=True) for end in plan.rounds]
+
+
+def nested(ids: Ids, fraction: float, data_seed: int) -> Int64:
+    """``(M,)`` rows, in order, of a fraction of all N samples: the round(fraction * N), at least one, that come first in the order of a hash of (data
+    seed, id). So a smaller fraction is a part of a larger one, whatever the order of rows. Not stratified; samples with one id go together.
+    """
+    places = uniform(ids, 1, data_seed, "fraction")[:, 0]
+    count = max(1, round(fraction * len(ids)))
+    last = np.partition(places, count - 1)[count - 1]
+    return np.flatnonzero(places <= last).astype(np.int64)
 
 
 def _cut(rows: Int64, size: int) -> list[Int64]:
@@ -253,6 +316,16 @@ class BatchBuilder:
         # a box that a view chose is resized whole; cutting its middle again would throw away what was chosen
         boxed = self._augment is not None and self._augment.resized_crop is not None
         return normalise(_sized(raw, wanted, None if boxed else wanted.resize_shorter, own), wanted, self._float)
+
+
+@dataclass(frozen=True)
+class StagedBuilder:
+    """The builder of each stage, as one; it travels as they do."""
+
+    builders: Sequence[Callable[[Request], Batch]]
+
+    def __call__(self, request: Request) -> Batch:
+        return self.builders[request.stage](request)
 
 
 def _sized(raw: Pixels | list[Pixels], wanted: ImagePreprocessing, shorter: int | None, own: tuple[int, int] | None) -> Pixels:

@@ -20,10 +20,28 @@ from torch import Tensor, nn
 
 from limbeck.errors import nearest
 
-__all__ = ["Layer", "LossEntry", "Parameter", "PerClass", "Reads", "Schedulable", "raised"]
+__all__ = [
+    "Layer",
+    "LossEntry",
+    "Parameter",
+    "Path",
+    "PerClass",
+    "Reads",
+    "Schedulable",
+    "Shape",
+    "of_maps",
+    "of_samples",
+    "raised",
+    "shaped",
+]
 
 Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels"]
 """A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats."""
+
+Shape = tuple[int, ...]
+"""Of a captured feature, batch first."""
+
+Path = Field(min_length=1, description="the path of a layer, such as layer3 or encoder.layer.5")
 
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -50,6 +68,11 @@ def raised(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def shaped(shape: Shape) -> str:
+    """A feature's shape in words, ``(B, 64, 8, 8)``."""
+    return "(" + ", ".join(["B", *(str(n) for n in shape[1:])]) + ")"
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One keyword argument of a loss, as a recipe may set it.
@@ -66,6 +89,11 @@ class Parameter:
     layer: Layer | None
 
     @property
+    def plain(self) -> Any:
+        """The annotation without its range."""
+        return self.annotation.__origin__ if get_origin(self.annotation) is Annotated else self.annotation
+
+    @property
     def required(self) -> bool:
         """Whether a recipe must give it."""
         return self.default is inspect.Parameter.empty
@@ -80,7 +108,7 @@ class Parameter:
         if isinstance(value, Mapping) and self.per_class:
             value = {str(k): v for k, v in value.items()}
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) and self.plain is not bool:
                 raise ValueError
             return TypeAdapter(self.annotation).validate_python(value)
         except (ValidationError, ValueError):
@@ -120,10 +148,18 @@ class LossEntry:
     and which is built as ``function(student_shape, teacher_shape, *, parameters)``, shapes being those of the captured features, batch
     first. reads: the tensors it takes, in order. per_item: one value an item that depends on that item alone, so that its gradient does not
     depend on how a step is cut; False for a relational loss, whose values have the published scalar as their mean.
-    zero_at: parameters under which the loss is 0 where student and teacher agree; None where it is not. shift_invariant: a constant added
-    to all logits of an item changes nothing. sparse: the same loss on sparse teacher logits, an unbiased estimate of it at the temperature that they
-    are of; None where such logits would bias it. example: a term's parameters, for listings and tests. summary: when to use it. source: where
-    it was published.
+    zero_at: parameters under which the loss is 0 where student and teacher agree; None where it is not. near_zero: how far above 0 a published
+    constant keeps it there. below_zero: whether its values may be negative, as those of a likelihood. shift_invariant: a constant added
+    to all logits of an item changes nothing. hard_labels: each label must be one class, so that labels blended by mixup are refused.
+    sparse: the same loss on sparse teacher logits, an unbiased estimate of it at the temperature that they are of; None where such logits would
+    bias it. fits: (student_shape, teacher_shape) of the features, batch first -> what to do where the loss cannot compare them, "" where it
+    can; modules say so themselves. sequences: it takes features by token, (N, T, D), whole, and counts samples. weight: the
+    authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on
+    what it compares, and one on when that helps. source: where it was published. cost: the work of one step beside the models' own, in N items,
+    C classes, D features.
+
+    Where a loss is a function of features, the paths of their layers, ``student`` and ``teacher``, are parameters of the recipe that the
+    function itself never sees.
     """
 
     name: str
@@ -134,13 +170,39 @@ class LossEntry:
     shift_invariant: bool
     summary: str
     source: str
+    cost: str = ""
+    weight: float = 1.0
     example: Mapping[str, Any] = field(default_factory=dict)
     sparse: Callable[..., Any] | None = None
+    near_zero: float = 0.0
+    below_zero: bool = False
+    hard_labels: bool = False
+    fits: Callable[[Shape, Shape], str] | None = None
+    sequences: bool = False
 
     @property
     def learned(self) -> bool:
         """Whether it is a module with parameters, to be built from shapes."""
         return isinstance(self.function, type) and issubclass(self.function, nn.Module)
+
+    @property
+    def compares(self) -> str:
+        """The first sentence of the summary."""
+        return self.summary.partition(". ")[0] + "."
+
+    @property
+    def helps(self) -> str:
+        """The rest of the summary: when to use it."""
+        return self.summary.partition(". ")[2]
+
+    @property
+    def needs(self) -> str:
+        """What a run must have for it, in words."""
+        layers = ["a layer of the student and of the teacher"] * ("student.features" in self.reads)
+        logits = ["the teacher's logits"] * ("teacher.logits" in self.reads)
+        labels = ["one label a sample" if self.hard_labels else "labels"] * ("labels" in self.reads)
+        batch = ["several samples at once"] * (not self.per_item)
+        return ", ".join([*layers, *logits, *labels, *batch])
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -148,4 +210,28 @@ class LossEntry:
         signed: Any = self.function
         hints = get_type_hints(signed.__init__ if self.learned else signed, include_extras=True)
         keywords = [p for p in inspect.signature(self.function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        return {p.name: _parameter(p.name, hints[p.name], p.default) for p in keywords}
+        own = {p.name: _parameter(p.name, hints[p.name], p.default) for p in keywords}
+        if self.learned or "student.features" not in self.reads:
+            return own
+        paths: dict[str, Parameter] = {
+            side: _parameter(side, Annotated[str, Path, Layer(side)], inspect.Parameter.empty) for side in _SIDES
+        }
+        return {**paths, **own}
+
+
+_SIDES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+
+
+# --- what features a loss can compare; each says what to do where it cannot ---
+
+
+def of_samples(student: Shape, teacher: Shape) -> str:
+    """One vector or map a sample, of any two sizes."""
+    fit = all(len(shape) in (2, 4) for shape in (student, teacher))
+    return "" if fit else "Choose layers that give one vector (B, D) or one map (B, channels, height, width) a sample."
+
+
+def of_maps(student: Shape, teacher: Shape) -> str:
+    """Maps of any two sizes."""
+    fit = len(student) == len(teacher) == 4
+    return "" if fit else "Choose layers that give maps (B, channels, height, width) on both sides."

@@ -14,41 +14,41 @@ from pydantic import Field
 from torch import Tensor
 
 from limbeck.losses._seam import PerClass, Schedulable, raised
+from limbeck.losses._shared import kl, log_softmax, standardized
 from limbeck.types import SparseLogits
 
-__all__ = ["cross_entropy", "kd", "kd_sparse"]
+__all__ = ["Standardize", "Temperature", "cross_entropy", "kd", "kd_sparse"]
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension; a class of probability 0 under p adds 0, whatever q says about it."""
-    p = log_p.exp()
-    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)  # a NaN stays a NaN
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0"), Schedulable()]
+Standardize = Annotated[bool, Field(strict=True, description="true or false")]
 
 
-def kd(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0"), Schedulable()] = 4.0,
-) -> Tensor:
+def kd(student: Tensor, teacher: Tensor, *, temperature: Temperature = 4.0, standardize: Standardize = False) -> Tensor:
     """``T^2 * KL(teacher || student)``, both softened by the temperature T, summed over classes.
 
-    student, teacher: (N, C) logits, of which the teacher's get no gradient. Returns (N,), 0 where they agree. T^2 keeps the size of the
+    student, teacher: (N, C) logits, of which the teacher's get no gradient. Returns (N,) nats, 0 where they agree. T^2 keeps the size of the
     gradient about the same at every temperature. A class whose logit is -inf on both sides (a masked class) adds 0 and gets a zero
     gradient; one that is -inf for the student alone is infinitely far away, and the value says so.
 
-    Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+    standardize: first bring each item's logits, on both sides, to mean 0 and standard deviation 1 (:func:`~limbeck.losses._shared.standardized`),
+    so that the student need not have the teacher's range of logits. The authors use weight 9 and T = 2. With two classes only a sign is left, and
+    next to no gradient.
+
+    Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2; standardize: Sun et al. 2024,
+    "Logit Standardization in Knowledge Distillation", arXiv:2403.01427, section 4.
 
     >>> kd(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
     tensor([0.])
     """
-    log_student = F.log_softmax(raised(student) / temperature, dim=-1)
-    log_teacher = F.log_softmax(raised(teacher).detach() / temperature, dim=-1)
-    divergence = _kl(log_teacher, log_student)
+    student, teacher = raised(student), raised(teacher).detach()
+    if standardize:
+        student, teacher = standardized(student), standardized(teacher)
+    divergence = kl(log_softmax(teacher, temperature), log_softmax(student, temperature))
     return temperature**2 * divergence
 
 
-def kd_sparse(student: Tensor, teacher: SparseLogits, *, temperature: float = 4.0) -> Tensor:
+def kd_sparse(student: Tensor, teacher: SparseLogits, *, temperature: float = 4.0, standardize: bool = False) -> Tensor:
     """:func:`kd` where of a teacher's probabilities only a weighted few are kept: ``T^2 * (-entropy - sum of weight * log student)``.
 
     student: (N, C) logits. teacher: N samples at the same temperature. Returns (N,). Value and gradient are unbiased estimates of kd's, exact
@@ -60,6 +60,8 @@ def kd_sparse(student: Tensor, teacher: SparseLogits, *, temperature: float = 4.
     >>> round(float(kd_sparse(torch.tensor([[1.0, 1.0]]), whole, temperature=1.0)), 6)
     0.0
     """
+    if standardize:
+        raise ValueError("standard deviations are of all logits, and a few are kept")
     if temperature != teacher.temperature:
         raise ValueError(f"the kept probabilities are of temperature {teacher.temperature}, not {temperature}")
     log_student = F.log_softmax(raised(student) / temperature, dim=-1).gather(-1, teacher.index)
@@ -75,7 +77,7 @@ def cross_entropy(
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="a number from 0 up to but not including 1")] = 0.0,
     class_weights: Annotated[Tensor | None, PerClass()] = None,
 ) -> Tensor:
-    """Cross entropy of the student with the labels, at temperature 1.
+    """``-sum over classes of y log q``, y the label and q the student's probabilities, at temperature 1.
 
     student: (N, C) logits. labels: (N,) int64 classes, or (N, C) probabilities (mixup). label_smoothing: this share of every label is
     spread evenly over all classes. class_weights: (C,), multiplies each class's part. Returns (N,).

@@ -4,6 +4,7 @@ from limbeck.models._build import build_model, wrap_module
 from limbeck.models._capture import Capture, called_layers, probe_shapes, validate_paths
 from limbeck.models._heads import resize_head
 from limbeck.models._identity import architecture_sha256, normalised_by_data, preprocessing_identity, sources
+from limbeck.models._images import adapt_published, try_model
 from limbeck.models._labels import class_map
 from limbeck.models._model import Model, call_module, describe, logits_of, state_hash
 from limbeck.models._names import SHORT_NAMES, known_models
@@ -16,6 +17,7 @@ __all__ = [
     "Capture",
     "Model",
     "Recomputed",
+    "adapt_published",
     "architecture_sha256",
     "build_model",
     "call_factory",
@@ -34,6 +36,7 @@ __all__ = [
     "save_model",
     "sources",
     "state_hash",
+    "try_model",
     "validate_paths",
     "which_blocks",
     "wrap_module",
