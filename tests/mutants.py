@@ -54,10 +54,14 @@ VIEWS = ("unit/test_data_views.py",)
 BATCHES = ("unit/test_data_batches.py",)
 SPLITS = ("unit/test_data_splits.py",)
 STAGES = ("unit/test_stages.py",)
+ALIKE = ("e2e/test_gathered.py::test_ranks_with_other_numbers_of_microbatches_go_together",)
 GATHERED = ("e2e/test_gathered.py::test_ranks_end_in_the_weights_of_one_process",)
 CHECKPOINT = ("unit/test_checkpoint.py",)
 CRASHED = ("faults/test_faults.py::test_r4_a_crash_after_every_event_of_a_checkpoint",)
 
+PLACEMENT = ("unit/test_placement.py",)
+AHEAD = "                before = request, batch, future\n            if before is not None:"
+DUE = "self._present = future\n                yield request, batch"
 RUN = ("unit/test_run.py",)
 RECOMPUTE = ("unit/test_recompute.py",)
 MEMORY = ("unit/test_memory.py",)
@@ -101,6 +105,12 @@ MUTANTS = (
         MEMORY,
     ),
     Mutant("nobody-waits", "loop.py", "self._waited += time.perf_counter() - began", "self._waited += 0.0", MEMORY),
+    # --- where the teacher sits
+    Mutant("asked-when-it-is-due", "placement.py", AHEAD, AHEAD.replace("before = request, batch, future", DUE), PLACEMENT),
+    Mutant("asked-about-whole-steps", "placement.py", "for start, stop in parts]", "for start, stop in [(0, len(whole))]]", PLACEMENT),
+    Mutant(
+        "strides-not-kept", "placement.py", "sorted(range(tensor.ndim), key=lambda i: -strides[i])", "list(range(tensor.ndim))", PLACEMENT
+    ),
     # --- losses
     Mutant("no-temperature-squared", "losses/logits.py", "return temperature**2 * divergence", "return divergence", LOSSES),
     Mutant(
@@ -465,6 +475,8 @@ MUTANTS = (
     Mutant("every-stage-begins-with-view-0", "data/batches.py", "        epoch = self.first_epoch + (", "        epoch = (", STAGES),
     Mutant("a-rate-of-a-stage-is-forgotten", "loop.py", "top = settings.lr if own is None else own", "top = settings.lr", STAGES),
     Mutant("one-objective-for-all-stages", "loop.py", "goal = objective.at(request.stage)", "goal = objective.at(0)", STAGES),
+    Mutant("every-stage-asks-what-the-first-one-does", "loop.py", "own = objective.at(request.stage)", "own = objective.at(0)", STAGES),
+    Mutant("a-teacher-is-tried-when-nobody-asks", "placement.py", "if needs is not None and not tried:", "if before is None:", STAGES),
     Mutant("a-projection-begins-again", "objective.py", "kept.setdefault((term.name, own, shapes), term.loss)", "term.loss", STAGES),
     Mutant(
         "the-baseline-reads-all-rows",
@@ -481,6 +493,7 @@ MUTANTS = (
         STAGES,
     ),
     # --- relational losses on several ranks
+    Mutant("shares-are-cut-as-they-like", "loop.py", "alike=own.relational", "alike=False", ALIKE),
     Mutant(
         "gathered-without-the-others-gradient",
         "ranks.py",

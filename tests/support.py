@@ -14,6 +14,7 @@ from limbeck.engine import Engine
 from limbeck.loop import Feed, Recorder, Trained, fit
 from limbeck.models import Model, wrap_module
 from limbeck.objective import Objective, StagedObjective
+from limbeck.placement import Ahead, live_of
 from limbeck.progress import Progress
 from limbeck.randomness import forked
 from limbeck.ranks import ALONE, Ranks
@@ -96,7 +97,7 @@ def run_fit(
     *,
     data: Data | None = None,
     student: Model | None = None,
-    teacher: LiveTeacher | None = None,
+    teacher: LiveTeacher | Ahead | None = None,
     objective: Objective | StagedObjective | None = None,
     train: Train | None = None,
     workers: int = 0,
@@ -113,12 +114,14 @@ def run_fit(
     student = student or wrap_module(made(Small, "student"), role="student", data=data)
     engine = Engine(torch.device("cpu"), train.precision)
     teacher = teacher or LiveTeacher(wrap_module(made(Big, "teacher"), role="teacher", data=data), engine)
+    live = live_of(teacher)
+    assert live is not None
     objective = objective or Objective.build(KD_MIX, classes=data.classes, label_counts=np.bincount(data.train.labels.clip(0)))
     plan = plan or StagedPlan([Plan(data.train, seed=seed, data_seed=0, epochs=train.epochs, batch_size=train.batch_size)])
     builder = builder or BatchBuilder(
         data.train,
         student=student.preprocessing,
-        teacher=teacher.model.preprocessing,
+        teacher=live.model.preprocessing,
         augment=None,
         data_seed=0,
         num_classes=len(data.classes),

@@ -30,6 +30,7 @@ from limbeck.engine import check_precision, choose_device
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, class_map, sources, validate_paths, which_blocks
 from limbeck.objective import Objective, StagedObjective, needs_of
+from limbeck.placement import Seat, check_seat, seat_of
 from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
 from limbeck.run import (
@@ -49,7 +50,7 @@ class Job:
     teacher; None: some, where the teacher is loaded anyway. uses: how many students learn from its answers, this one included, where
     that is more than ``seeds``. lender: a finished run of the same student, data and training, whose baselines (by seed), and what it chose for the
     student by measuring, are this run's too.
-    ranks: the processes that share the work, all of which hold the same job.
+    ranks: the processes that share the work, all of which hold the same job. plan: it is only planned, by a single process.
     """
 
     recipe: Recipe
@@ -64,6 +65,7 @@ class Job:
     uses: int = 0
     lender: Path | None = None
     ranks: Ranks = ALONE
+    plan: bool = False
 
 
 def job_of(
@@ -106,7 +108,7 @@ class Begun:
     """A job of which everything that can be wrong has been looked at, and nothing been written. known: the teacher; model: where it is loaded;
     table: where it is a file of logits; columns: its output for each class of the data; answers: its cache, None where it is asked in every step;
     found: whose cache that is; cached: whether answers are kept, and why; whole: they are only read where every one is there; there: its
-    directories where some answers are, and are not read."""
+    directories where some answers are, and are not read; seat: where the teacher is asked, None where there is none to ask."""
 
     device: torch.device
     student: Model
@@ -124,6 +126,12 @@ class Begun:
     cached: tuple[bool, str] = (False, "there is no teacher")
     whole: bool = False
     there: dict[str, Path] = field(default_factory=dict)
+    seat: Seat | None = None
+
+    @property
+    def teacher_device(self) -> torch.device:
+        """Where this process asks the teacher."""
+        return self.device if self.seat is None else self.seat.device
 
 
 def begin(job: Job, *, label: bool = False) -> Begun:
@@ -148,6 +156,8 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             recipe.teacher.model, student.preprocessing, None, None, begun.table.num_classes, begun.table.sha256, None, begun.table.notes
         )
     elif job.build_teacher is not None and recipe.teacher is not None:
+        begun.seat = seat_of(recipe, device, job.ranks, plan=job.plan)
+        check_seat(recipe, begun.seat)
         wanted, reason = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
         before = job.ranks.from_main(lambda: _kept_before(job))
         # a run to be resumed goes on as it began
@@ -155,6 +165,8 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             wanted, reason = False, "the run was begun without"
         elif before and wanted is None:
             wanted, reason = True, "the run was begun with answers that were kept"
+        if begun.seat.ranks:
+            wanted, reason = _in_the_loop(wanted, reason, begun.seat)
         begun.cached, begun.whole = (wanted is True, reason), wanted is None
         answers = Answers(recipe, parts) if wanted is not False else None
         # every rank does alike, whatever lies on its own machine
@@ -191,6 +203,8 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         text = f"has nothing to compare: no answers of the teacher are kept or read ({reason})."
         raise UsageError(Problem("--verify-cache", text, "Leave it out, or name teacher_cache.path."))
     known = begun.known
+    if begun.seat is not None and begun.seat.ahead and begun.model is None:
+        begun.notes.append(f"teacher.placement has no effect here ({begun.seat.placement}): the teacher is not loaded.")
     begun.notes = [
         *check_trackers(recipe.track),
         *data.notes,
@@ -223,6 +237,17 @@ def agree(job: Job, begun: Begun) -> None:
 
 
 _WHOLE = (True, "every answer is there")
+
+
+def _in_the_loop(wanted: bool | None, reason: str, seat: Seat) -> tuple[bool, str]:
+    """A teacher with ranks of its own is asked in every step. Raises: UsageError where its answers are to be kept: all ranks would ask it for them
+    before the first step, and then those that teach had nothing to do."""
+    if wanted:
+        text = (
+            f"is {seat.placement}, and its answers are kept ({reason}): every rank would ask for a part of them, and then none would teach."
+        )
+        raise UsageError(Problem("teacher.placement", text, "Set teacher_cache.mode: off (or views: live), or placement: same."))
+    return False, reason if wanted is False else f"{reason}, and {seat.placement} teaches in every step"
 
 
 def _kept_before(job: Job) -> bool | None:

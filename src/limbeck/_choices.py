@@ -20,7 +20,9 @@ __all__ = ["explicit", "resolved", "snapshot", "student_choice", "teacher_choice
 Choice = tuple[Engine, dict[str, Any]]
 
 
-def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int, accumulate: int, *, several: bool = False) -> Recipe:
+def resolved(
+    recipe: Recipe, engines: dict[str, Engine], workers: int, accumulate: int, *, placement: str = "same", several: bool = False
+) -> Recipe:
     """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run.
 
     several: on several ranks, each of which has a device of its own: its kind is recorded, and not the main rank's number."""
@@ -31,6 +33,8 @@ def resolved(recipe: Recipe, engines: dict[str, Engine], workers: int, accumulat
     teacher = recipe.teacher
     if teacher is not None and "teacher" in engines:
         teacher = teacher.model_copy(update={"precision": engines["teacher"].precision, "layout": engines["teacher"].layout})
+        if teacher.placement == "auto":
+            teacher = teacher.model_copy(update={"placement": placement})
     return recipe.model_copy(update={"train": train, "teacher": teacher})
 
 

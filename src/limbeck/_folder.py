@@ -155,6 +155,7 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
             update={
                 **({"precision": recorded.teacher.precision} if teacher.precision == "auto" else {}),
                 **({"layout": recorded.teacher.layout} if teacher.layout is None else {}),
+                **({"placement": recorded.teacher.placement} if teacher.placement == "auto" else {}),
             }
         )
     return recipe.model_copy(update={"train": train, "teacher": teacher})

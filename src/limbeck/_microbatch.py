@@ -21,11 +21,12 @@ from limbeck.memory import available, largest
 from limbeck.models import Capture, Model, Recomputed
 from limbeck.objective import Objective
 from limbeck.optimizer import make_optimizer
+from limbeck.placement import Here, asked_in_the_loop
 from limbeck.progress import Progress
 from limbeck.randomness import seed_for
 from limbeck.recipe import Recipe, Train
-from limbeck.teacher import LiveTeacher, Teacher
-from limbeck.types import Batch
+from limbeck.teacher import Teacher
+from limbeck.types import Batch, Signal
 
 __all__ = ["copies_of", "fewest", "how_to_train", "settled", "with_accumulate"]
 
@@ -115,7 +116,7 @@ def settled(
         return settings.accumulate, None
     if engine is None:
         engine = Engine(device, "float32" if settings.precision == "auto" else settings.precision, settings.layout or "channels_first")
-    batch = parts.widest_batch(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher))
+    batch = parts.widest_batch(recipe, with_teacher=teacher is not None, ask=asked_in_the_loop(teacher))
     rows = len(batch)
     began = time.perf_counter()
     try:
@@ -250,20 +251,35 @@ class _Work:
         for module in (self._model.module, self._objective):
             for p in module.parameters():
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
+        teacher = self._teacher if self._objective.needs_teacher else None
+        early = isinstance(teacher, Here) and teacher.early
+        signal: Signal | None = None
+        beside = 0
+        if teacher is not None and early:  # of the step that is trained on and of the next one
+            signal, beside = self._ahead(teacher, sent)
         with (
             torch.enable_grad(),
             Capture(self._model.module, self._objective.student_needs.features) as capture,
             Recomputed(self._model.module, self._settings.gradient_checkpointing),
             largest(self._engine.device) as peak,
         ):
-            teacher = self._teacher if self._objective.needs_teacher else None
-            signal = teacher(sent, self._objective.teacher_needs) if teacher is not None else None
+            if teacher is not None and not early:
+                signal = teacher(sent, self._objective.teacher_needs)
             self._engine.seed(seed_for(self._seed, "dropout", 0, 0, 0))
             with self._engine.autocast():
                 outputs = capture.outputs(self._model, sent.student)
             loss, _ = self._objective(outputs, signal, sent, progress=0.0, counts=self._counts)
             loss.backward()
-            return peak()
+            return peak() + beside
+
+    def _ahead(self, teacher: Teacher, sent: Batch) -> tuple[Signal, int]:
+        """The answer of a teacher that the run asks a step ahead, and the bytes that are held meanwhile: the answers of two steps, and what it works
+        in where that is the same memory."""
+        with largest(self._engine.device) as peak:
+            signal = teacher(sent, self._objective.teacher_needs)
+            works = peak() if isinstance(teacher, Here) and teacher.shares else 0
+        answers = sum(_bytes(t) for t in (*([] if signal.logits is None else [signal.logits]), *signal.features.values()))
+        return signal, works + 2 * -(-answers * len(self._batch) // len(sent))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -181,6 +181,10 @@ class Parts:
         plan = StagedPlan(plans)
         return Feed(plan, self._builder(split, teacher=ask), plan.rounds, workers, pin_memory)
 
+    def teacher_feed(self, beside: Feed) -> Feed:
+        """What a teacher reads on ranks of its own: the rows of the students' feed, in its own preparation alone."""
+        return replace(beside, builder=self.builder(self.data.train, training=True, student=self.teacher))
+
     def baseline_feed(self, recipe: Recipe, *, workers: int = 0, pin_memory: bool = False) -> Feed:
         """What the baseline reads: the labelled rows, in each stage for as many optimiser steps of the same size as the student reads beside its
         teacher."""

@@ -35,10 +35,11 @@ from limbeck.memory import largest
 from limbeck.models import Model
 from limbeck.objective import Objective, needs_of
 from limbeck.optimizer import make_optimizer
+from limbeck.placement import Here, Seat
 from limbeck.progress import Progress, resident_bytes
 from limbeck.recipe import Recipe
 from limbeck.run import NoLog, existing_parent
-from limbeck.teacher import LiveTeacher, Meter, Teacher
+from limbeck.teacher import Asking, Coming, LiveTeacher, Meter, Teacher
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["Balance", "balance", "ceiling", "duration", "make_plan", "overlapped"]
@@ -62,16 +63,17 @@ def overlapped(compute: float, loader: float, *, workers: int, threads: int, cor
     return max(loader / max(1, workers), compute, (compute * threads + loader) / cores)
 
 
-def ceiling(student: float, teacher: float, *, passes: int, views: int) -> float | None:
+def ceiling(student: float, teacher: float, *, passes: int, views: int, apart: bool = False) -> float | None:
     """How many times as fast as asking in every step a run can be at most that asks once for each of ``views`` views: P (S + T) / (P S + K T).
 
-    student, teacher: seconds an epoch. passes: epochs of all seeds together. views: K, those that the run uses. None: nothing takes any time.
+    student, teacher: seconds an epoch. passes: epochs of all seeds together. views: K, those that the run uses. apart: the teacher answers to one
+    batch while the student trains on another, so that an epoch takes the longer of S and T. None: nothing takes any time.
 
     >>> ceiling(1.0, 3.0, passes=8, views=2)
     2.2857142857142856
     """
     whole = passes * student + min(views, passes) * teacher
-    return passes * (student + teacher) / whole if whole > 0 else None
+    return passes * (max(student, teacher) if apart else student + teacher) / whole if whole > 0 else None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ class Beginning(Protocol):
     found: Identity | None
     cached: tuple[bool, str]
     there: dict[str, Path]
+    seat: Seat | None
+
+    @property
+    def teacher_device(self) -> torch.device: ...
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,12 @@ class _Timed:
 
     def __call__(self, batch: Batch, needs: Needs) -> Signal:
         start = _now(self.device)
-        signal = self.teacher(batch, needs)
+        signal = self.teacher(batch, needs).to(self.device)
         self.seconds += _now(self.device) - start
         return signal
+
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
+        return coming
 
     def take(self) -> float:
         seconds, self.seconds = self.seconds, 0.0
@@ -410,6 +419,8 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
     choices["workers"] = {"value": workers, "reason": why}
     if with_teacher and begun.table is None:
         choices["teacher_cache"] = {"kept": kept, "reason": begun.cached[1]}
+    if begun.seat is not None and begun.model is not None:
+        choices["teacher_placement"] = {"value": begun.seat.placement, "reason": begun.seat.reason}
 
     trained = _train(begun.student, teacher, objective, few.batches, few.widest, engine, recipe, varied=few.varied)
     own = _train_teacher(begun, job.data, recipe, progress) if begun.to_train and begun.model is not None else None
@@ -436,6 +447,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
             visits / recipe.train.epochs / few.rows * overlapped(compute, loading, workers=workers, threads=threads, cores=_cores())
         ),
         seeds=job.seeds,
+        apart=_apart(begun),
     )
 
     plan = {
@@ -497,9 +509,11 @@ def _times(
     before: float,
     epoch: Callable[[float, float], float],
     seeds: int,
+    apart: bool,
 ) -> dict[str, Any]:
     """The part ``time`` of the plan. loader: seconds of a batch without the teacher's own inputs. fill_row: seconds that asking for one row takes,
-    None where the teacher is not loaded. before: seconds of its own training. epoch: seconds of an epoch, from those of a step's work and batch."""
+    None where the teacher is not loaded. before: seconds of its own training. epoch: seconds of an epoch, from those of a step's work and batch.
+    apart: the teacher answers while the student trains."""
     passes, step = recipe.train.epochs * seeds, 1000 * trained.seconds
     student = epoch(trained.seconds, loader)
     baseline = passes * student if recipe.baseline and cache is not None else None
@@ -530,7 +544,8 @@ def _times(
         return {**times, **read, "cached_seconds": total, "total_seconds": total}
     if cache is None or fill_row is None:
         return times
-    live = epoch(trained.seconds + trained.teacher_seconds, few.seconds)
+    both = trained.seconds, trained.teacher_seconds
+    live = epoch(max(both) if apart else sum(both), few.seconds)
     times |= {
         "teacher_step_ms": 1000 * trained.teacher_seconds,
         "teacher_step_range_ms": [1000 * t for t in trained.teacher_range],
@@ -543,11 +558,17 @@ def _times(
         found = balance(live, student, fill=fill, passes=passes)
         times |= {
             "fill_seconds": fill,
-            "ceiling": ceiling(trained.seconds, trained.teacher_seconds, passes=passes, views=min(cache["views"], recipe.train.epochs)),
+            "ceiling": ceiling(*both, passes=passes, views=min(cache["views"], recipe.train.epochs), apart=apart),
             "cached_seconds": once + found.cached_seconds,
             "break_even_epoch": found.break_even_epoch,
         }
     return {**times, "total_seconds": times["cached_seconds" if cache["kept"] else "live_seconds"]}
+
+
+def _apart(begun: Beginning) -> bool:
+    """Whether the teacher answers on a device of its own while the student trains, if it is asked in every step."""
+    seat = begun.seat
+    return seat is not None and (seat.ranks > 0 or (seat.ahead and seat.device != begun.device))
 
 
 def _threads(device: torch.device) -> int:
@@ -578,10 +599,13 @@ def _teacher_of(begun: Beginning, recipe: Recipe, complete: bool) -> tuple[Teach
     folder = begun.answers.folders.get("teach") if begun.answers is not None else None
     if folder is not None and (folder / "manifest.json").exists():
         made = read_manifest(folder).made
-        engine, record = Engine(begun.device, made["precision"], made["layout"]), {"measured": [], "reason": "as the cache was begun"}
+        engine, record = (
+            Engine(begun.teacher_device, made["precision"], made["layout"]),
+            {"measured": [], "reason": "as the cache was begun"},
+        )
     else:
         batch = begun.parts.first_batch(recipe, with_teacher=True, ask=True)
-        engine, record = engine_of_teacher(recipe, begun.model, batch, begun.device)
+        engine, record = engine_of_teacher(recipe, begun.model, batch, begun.teacher_device)
     teacher = LiveTeacher(begun.model, engine, begun.columns, Meter(begun.model.module))
     return teacher, {"teacher": {"precision": engine.precision, "layout": engine.layout, **record}}
 
@@ -591,8 +615,9 @@ def _student_choice(
 ) -> tuple[Engine, int, dict[str, Any], dict[str, Any] | None]:
     student = replace(begun.student, module=copy.deepcopy(begun.student.module))
     ask, copies = isinstance(teacher, LiveTeacher), copies_of(recipe, begun.device)
+    here = Here(teacher, begun.device, begun.seat) if isinstance(teacher, LiveTeacher) else teacher
     engine, accumulate, why, cut = how_to_train(
-        recipe, student, teacher, objective, begun.parts, begun.device, progress, copies=copies, ask=ask
+        recipe, student, here, objective, begun.parts, begun.device, progress, copies=copies, ask=ask
     )
     return engine, accumulate, {"precision": engine.precision, "layout": engine.layout, **why}, cut
 
@@ -624,7 +649,7 @@ def _fill_row(begun: Beginning, teacher: LiveTeacher, recipe: Recipe, kept: bool
     needs = needs_of(parts.recipe.terms)[1] if begun.answers is None else begun.answers.needs
     builder = parts.builder(split, training=True, student=teacher.model.preprocessing)
     lengths = parts.lengths(split, teacher.model.preprocessing)
-    block = min(len(split), block_rows(teacher.model.preprocessing, begun.device))
+    block = min(len(split), block_rows(teacher.model.preprocessing, begun.teacher_device))
     order = np.arange(len(split)) if lengths is None else np.argsort(lengths, kind="stable")
     # texts are asked for in blocks of similar length: a short, a middle and a long one
     starts = [0] if lengths is None else [(2 * i + 1) * len(split) // 6 - block // 2 for i in range(3)]
@@ -683,7 +708,7 @@ def _cache(begun: Beginning, recipe: Recipe, kept: bool, complete: bool) -> dict
 
 
 def _memory(begun: Beginning, recipe: Recipe, trained: _Training, kept: bool, working: int, own: _Training | None) -> dict[str, Any]:
-    """Bytes on the device that computes. ``total_bytes``: the largest sum of what is needed at one time."""
+    """Bytes on the devices that compute. ``total_bytes``: the largest sum of what is needed at one time on the student's."""
     here = begun.device.type == "cpu"  # elsewhere the baseline and the best epoch wait in the host's memory
     held = {
         "the baseline's": here and recipe.baseline and begun.known is not None,
@@ -694,7 +719,7 @@ def _memory(begun: Beginning, recipe: Recipe, trained: _Training, kept: bool, wo
     copies = trained.weights * len(copied)
     training = trained.weights + trained.projections + trained.gradients + trained.optimizer + trained.activations + copies
     teacher = None if begun.model is None else module_bytes(begun.model.module)
-    beside = 0 if teacher is None else teacher + working
+    beside = 0 if teacher is None or _apart(begun) else teacher + working
     stages = [training if kept else training + beside, trained.weights + beside]
     taught = None if own is None else own.weights + own.gradients + own.optimizer + own.activations
     return {
@@ -714,6 +739,7 @@ def _memory(begun: Beginning, recipe: Recipe, trained: _Training, kept: bool, wo
             "copies": copied,
         },
         "total_bytes": max(*stages, 0 if taught is None else taught + trained.weights),
+        "teacher_apart": _apart(begun),
         "process_bytes": resident_bytes(),
     }
 
@@ -774,7 +800,7 @@ def _memory_lines(plan: dict[str, Any]) -> list[str]:
     if student["copies_bytes"]:
         rows.append(("copies", student["copies_bytes"], f"of its weights: {', '.join(student['copies'])}"))
     rows += [
-        ("together", memory["total_bytes"], "the most that is needed at one time"),
+        ("together", memory["total_bytes"], f"the most that is needed at one time{', without the teacher' * memory['teacher_apart']}"),
         ("this process", memory["process_bytes"], "as it is now: Python, its libraries, the data and the models"),
     ]
     lines = [f"  {name:13}{_size(value):>10}  {what}" for name, value, what in rows]
@@ -855,6 +881,10 @@ def _choice_lines(choices: dict[str, Any]) -> list[str]:
     if "accumulate" in choices:
         lines.append(f"  cut      into {choices['accumulate']['value']} a step: {choices['accumulate']['reason']}")
     lines.append(f"  workers  {choices['workers']['value']}: {choices['workers']['reason']}")
+    if "teacher_placement" in choices:
+        found = choices["teacher_placement"]
+        several = "; the times are those of one process with whole batches" if found["value"].startswith("ranks:") else ""
+        lines.append(f"  teacher  sits at {found['value']}: {found['reason']}{several}")
     if "teacher_cache" in choices:
         found = choices["teacher_cache"]
         lines.append(f"  answers  {'kept' if found['kept'] else 'asked for in every step'}: {found['reason']}")

@@ -291,6 +291,7 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
         yield Problem("train.accumulate", f"got {accumulate}, more microbatches than train.batch_size ({batch}) has samples.")
     if value("teacher_cache.mode") == "require" and value("teacher_cache.views") == "live":
         yield Problem("teacher_cache.mode", "is require, but teacher_cache.views is live, which asks the teacher in every step.")
+    yield from _placement(value)
     device, precision = value("train.device"), value("train.precision")
     if "auto" in (accumulate, batch) and device == "mps":
         yield Problem("train.accumulate", "auto is for the devices cpu and cuda, and train.device is mps.", "Give a number.")
@@ -303,17 +304,38 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
             yield Problem(key, f"fp16 needs a CUDA device, and train.device is {device}.", "Use bf16, or auto.")
         elif name == "fp16" and device == "auto" and _cuda_devices() == 0:
             yield Problem(key, "fp16 needs a CUDA device, and none is available here.", "Use bf16, or auto.")
+    yield from _device("train.device", device, "Use auto.")
+
+
+def _placement(value: Any) -> Iterable[Problem]:
+    """The teacher's device is there, and can do what it is asked for."""
+    placement, model = value("teacher.placement"), value("teacher.model")
+    if isinstance(model, str) and model.startswith("logits:") and placement not in (MISSING, None, "same"):
+        yield Problem("teacher.placement", "has no effect where the teacher is a file of logits.", "Leave it out.")
+    if not isinstance(placement, str) or not placement.startswith("device:"):
+        return
+    device = placement.removeprefix("device:")
+    yield from _device("teacher.placement", device, "Use same.", "device:")
+    own, train = value("teacher.precision"), value("train.precision")
+    if "fp16" in (own, train if own in (MISSING, None, "auto") else None) and device in ("cpu", "mps"):
+        hint = "Give teacher.precision: float32, or bf16."
+        yield Problem("teacher.placement", f"is {placement}, and the teacher's precision is fp16, which needs a CUDA device.", hint)
+
+
+def _device(where: str, device: str, hint: str, kind: str = "") -> Iterable[Problem]:
+    """A device that torch could name is there. kind: what stands before its name."""
+    got = f"got '{kind}{device}'"
     if device.startswith("cuda"):
         count, index = _cuda_devices(), device.partition(":")[2] or "0"
         if count == 0:
-            yield Problem("train.device", f"got '{device}', but no CUDA device is available here.", "Use auto.")
+            yield Problem(where, f"{got}, but no CUDA device is available here.", hint)
         elif index.isdigit() and int(index) >= count:
-            yield Problem("train.device", f"got '{device}', but there are {count} CUDA devices (cuda:0 to cuda:{count - 1}).")
+            yield Problem(where, f"{got}, but there are {count} CUDA devices (cuda:0 to cuda:{count - 1}).")
     if device == "mps":
         import torch
 
         if not torch.backends.mps.is_available():
-            yield Problem("train.device", "got 'mps', which this machine does not have.", "Use auto.")
+            yield Problem(where, f"{got}, which this machine does not have.", hint)
 
 
 def _stages(data: Given, value: Any) -> Iterable[Problem]:

@@ -20,11 +20,12 @@ from limbeck._parts import Parts
 from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import choose_workers
 from limbeck.engine import Engine
-from limbeck.loop import Feed, Recorder, Trained, fit
+from limbeck.loop import Feed, Recorder, Trained, asking, fit
 from limbeck.models import Model, save_model, state_hash
 from limbeck.objective import Objective, StagedObjective
+from limbeck.placement import attend, live_of
 from limbeck.progress import Progress
-from limbeck.ranks import Ranks
+from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
 from limbeck.run import (
     Log,
@@ -32,7 +33,7 @@ from limbeck.run import (
     read_json,
     write_json,
 )
-from limbeck.teacher import LiveTeacher, Meter, Teacher
+from limbeck.teacher import Meter, Teacher
 
 __all__ = ["NOTHING", "Cost", "Shared", "State", "engine_from_main", "train_role", "train_teacher"]
 
@@ -50,6 +51,7 @@ class Cost:
         self.cached: CachedTeacher | TableTeacher | None = None
         self.before = {**NOTHING, **(read_json(path) if path.is_file() else {})}
         self.others = [0, 0]  # items and hits of the other ranks, when they were last asked
+        self.told: float | None = 0.0  # seconds of a teacher on a rank of its own, likewise
 
     def keep_all(self) -> None:
         """Called by all ranks at once."""
@@ -60,13 +62,18 @@ class Cost:
         """Called by all ranks at once."""
         own = self._own()
         self.others = [both - mine for both, mine in zip(self.ranks.sum(own), own, strict=True)]
+        if self.ranks.teachers:
+            self.told = self.ranks.told(self._seconds, self.ranks.size - self.ranks.teachers)
+
+    def _seconds(self) -> float | None:
+        return 0.0 if self.meter is None else self.meter.seconds
 
     def _own(self) -> list[int]:
         return [0 if self.meter is None else self.meter.items, 0 if self.cached is None else self.cached.hits]
 
     def so_far(self) -> dict[str, Any]:
         items, hits = (mine + theirs for mine, theirs in zip(self._own(), self.others, strict=True))
-        seconds = 0.0 if self.meter is None else self.meter.seconds
+        seconds = self.told if self.ranks.teachers else self._seconds()
         earlier = self.before["teacher_seconds"]
         return {
             "teacher_items": self.before["teacher_items"] + items,
@@ -98,6 +105,7 @@ class Shared:
     stop: Stop
     cost: Cost
     resumed: dict[str, list[int]]
+    ranks: Ranks = ALONE
     teacher_figures: dict[str, Any] = field(default_factory=dict)
     teacher_logits: np.ndarray[Any, Any] | None = None
 
@@ -108,15 +116,15 @@ class Shared:
 
 
 def engine_from_main(
-    ranks: Ranks, choose: Callable[[], tuple[Engine, dict[str, Any]]], device: torch.device
+    ranks: Ranks, choose: Callable[[], tuple[Engine, dict[str, Any]]], device: torch.device, source: int = 0
 ) -> tuple[Engine, dict[str, Any]]:
-    """What the main rank chose by measuring; the others run the same on their own devices."""
+    """What the main rank (or the rank ``source``) chose by measuring; the others run the same on their own devices."""
 
     def told() -> list[Any]:
         engine, why = choose()
         return [engine.precision, engine.layout, why]
 
-    precision, layout, why = ranks.from_main(told)
+    precision, layout, why = ranks.told(told, source)
     return Engine(device, precision, layout), why
 
 
@@ -130,15 +138,26 @@ def train_role(
     shared: Shared,
     log: Log,
 ) -> tuple[Trained, State]:
-    """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``."""
+    """Train one role from the weights in the module, or take what an earlier attempt finished. The result is committed as ``folder/role``.
+
+    A rank that only teaches goes along, and has no result.
+    """
     parts, choices = shared.parts, shared.environment["choices"]
     how = {"workers": choices["workers"]["value"], "pin_memory": choices["pin_memory"]["value"]}
     if role == "baseline":
         feed = parts.baseline_feed(recipe, **how)
     else:
-        feed = parts.feed(recipe, with_teacher=teacher is not None, ask=isinstance(teacher, LiveTeacher), **how)
+        ask = live_of(teacher) is not None and not shared.ranks.teaching
+        feed = parts.feed(recipe, with_teacher=teacher is not None, ask=ask, **how)
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep_all)
+    if shared.ranks.teaching:
+        live, asked = live_of(teacher), asking(objective, int(recipe.train.accumulate))
+        with shared.stop.steps():
+            if not shared.ranks.heard():  # whether the role is trained already
+                feed = feed if live is None else parts.teacher_feed(feed)
+                attend(live, feed, asked, recipe.train, shared.engine.dtype, recorder, shared.ranks)
+        return Trained(0, 0.0, 0), {}
     with shared.stop.steps():
         return _fit_once(folder / role, student, teacher, objective, feed, shared.engine, recipe, recorder, parts.data.classes, parts.ranks)
 
@@ -158,6 +177,7 @@ def _fit_once(
     """Fit, unless ``final`` stands and its last state is on record; commit the model as ``final``."""
     done = recorder.checkpoints.with_name(f"{recorder.checkpoints.name}-done")
     found = checkpoint.from_main(ranks, lambda: checkpoint.load_newest(done, recorder.progress.say))
+    ranks.tell(found is not None)
     if found is not None:
         engine.place(student.module)
         student.module.load_state_dict(found[1]["student"])

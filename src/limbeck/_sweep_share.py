@@ -99,7 +99,8 @@ def _text(value: Any) -> str:
 class Lending:
     """What combinations lend to later ones: a baseline, the choices made by measuring, a teacher that had to be trained, and the data.
 
-    uses: students that learn in all. ranks: the processes of every run; all of them see the folder of the sweep.
+    uses: students that learn in all. ranks: the processes of every run; all of them see the folder of the sweep. plan: nothing is
+    run.
     """
 
     base: Path
@@ -110,6 +111,7 @@ class Lending:
     runs: dict[str, Path] = field(default_factory=dict)
     taught: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, Data] = field(default_factory=dict)
+    plan: bool = False
 
     def folder(self, point: Combination) -> Path:
         return self.out / "runs" / point.name
@@ -141,7 +143,7 @@ class Lending:
             uses=self.uses,
             lender=self.runs.get(baseline_key(recipe)),
         )
-        return replace(job, ranks=self.ranks)
+        return replace(job, ranks=self.ranks, plan=self.plan)
 
     def keep_data(self, points: Iterable[Combination]) -> None:
         """Let go of the data that none of these reads."""

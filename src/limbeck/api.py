@@ -130,7 +130,7 @@ def distill(
         raise RecipeError(problems, "limbeck.distill")
     base = Path.cwd()
     recipe = absolute(recipe, base)
-    with joined() as ranks, Progress(progress if ranks.main else "none") as shown:
+    with joined(recipe.teacher_ranks) as ranks, Progress(progress if ranks.main else "none") as shown:
         if out is None:
             refuse_lost_folder()
         folder = Path(out) if out is not None else Path(ranks.from_main(lambda: str(next_free(Path("runs"), f"python-{_name(student)}"))))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import checkpoint
-from limbeck.data import Request, StagedPlan, cuts, stream
+from limbeck.data import Request, StagedPlan, stream
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
 from limbeck.models import Capture, Model, Recomputed
@@ -26,10 +26,10 @@ from limbeck.randomness import seed_for
 from limbeck.ranks import ALONE, Elsewhere, Ranks
 from limbeck.recipe import Train
 from limbeck.run import Log
-from limbeck.teacher import Teacher
-from limbeck.types import Batch, Signal
+from limbeck.teacher import Asking, Teacher
+from limbeck.types import Batch, Needs, Signal
 
-__all__ = ["Feed", "Recorder", "Trained", "fit", "learning_rate"]
+__all__ = ["Feed", "Recorder", "Trained", "asking", "fit", "learning_rate"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def fit(
     A step is of the stage that its request says; the stage has its objective and its learning rate.
 
     Each of several ranks takes its share of every step's rows; counts, gradients and the logged loss are sums over all of them. The main rank alone
-    writes, and what it finds in a checkpoint is given to the others.
+    writes, and what it finds in a checkpoint is given to the others. Ranks that only teach go along with it
+    (:func:`limbeck.placement.attend`).
 
     Raises: NonFinite at the step whose loss or gradient is not finite, before the weights are touched; Interrupted after a checkpoint when
     ``recorder.stop`` says so.
@@ -119,6 +120,7 @@ def fit(
         done.resumed_from.append(found[0])
         recorder.log.write({"role": recorder.role, "step": found[0], "resumed_from": found[0]})
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
+    ranks.tell(done.steps)
     touch = Step(optimizer)
     began = time.perf_counter() - done.seconds
     rate, wait = _Rate(), _Wait(feed.workers)
@@ -131,6 +133,7 @@ def fit(
         recorder.committed()
         ranks.barrier()
 
+    asked = asking(objective, int(settings.accumulate))  # `auto` has been replaced
     requests = (plan.request(step).share(ranks.rank, ranks.size) for step in range(done.steps, plan.total_steps))
     capture, again = Capture(module, objective.student_needs.features), Recomputed(module, settings.gradient_checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), capture, again, _fork(engine):
@@ -139,7 +142,10 @@ def fit(
         compute = _Compute(student, objective, capture, engine, ranks)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
         how: Any = {"workers": feed.workers, "pin_memory": feed.pin_memory, "ranks": ranks.local_size, "say": recorder.progress.say}
-        for request, whole in wait.over(stream(feed.builder, requests, **how)):
+        coming = wait.over(stream(feed.builder, requests, **how))
+        if teacher is not None:
+            coming = teacher.ahead(coming, asked)
+        for request, whole in coming:
             goal = objective.at(request.stage)
             selection = goal.select(whole)
             items, *counted = ranks.sum([len(whole) if request.counted else 0, *selection.counts.values()])
@@ -152,12 +158,10 @@ def fit(
             for parameter in parameters:
                 parameter.grad = None
             seen: list[_Seen] = []
-            parts = cuts(len(batch), int(settings.accumulate))  # `auto` has been replaced
-            if goal.relational and ranks.size > 1:  # whose items are gathered for each microbatch: all ranks have as many
-                parts = cuts(len(batch), ranks.least(len(parts)))
+            needs, parts = asked(request)
             for micro, (start, stop) in enumerate(parts):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
-                signal = teacher(part, goal.teacher_needs) if teacher is not None and goal.needs_teacher else None
+                signal = teacher(part, needs) if teacher is not None and needs is not None else None
                 # After the teacher: whether it is asked, and what it draws, must not move the student's dropout.
                 engine.seed(seed_for(seed, "dropout", request.step, micro, ranks.rank))
                 rows = selection.rows(start, stop, engine.device)
@@ -227,7 +231,7 @@ def fit(
                 _close_epoch(epoch, epochs, request.stage, state, done, settings, recorder)
                 rate.restart()
                 wait.restart()
-            leaving = ranks.any(recorder.stop())
+            leaving = ranks.anywhere(recorder.stop())
             if leaving or (done.steps % settings.checkpoint_every == 0 and done.steps < plan.total_steps):
                 commit()
             if leaving:
@@ -237,6 +241,20 @@ def fit(
     state.finish(done)
     module.eval()
     return done
+
+
+def asking(objective: Objective | StagedObjective, accumulate: int) -> Asking:
+    """What each step of a fit asks its teacher for, and how it is cut into ``accumulate`` microbatches: functions of its request alone, so that
+    nobody who answers elsewhere has to be told.
+
+    The items of a relational loss are gathered for each microbatch: all ranks then have as many.
+    """
+
+    def asked(request: Request) -> tuple[Needs | None, list[tuple[int, int]]]:
+        own = objective.at(request.stage)
+        return own.teacher_needs if own.needs_teacher else None, request.cuts(accumulate, alike=own.relational)
+
+    return asked
 
 
 class _Compute(nn.Module):

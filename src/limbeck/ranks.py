@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from limbeck.errors import LimbeckError, Problem, Stopped, UsageError
 
-__all__ = ["ALONE", "Elsewhere", "Ranks", "joined", "refuse_lost_folder", "restarted"]
+__all__ = ["ALONE", "Elsewhere", "Ranks", "Seats", "joined", "refuse_lost_folder", "restarted"]
 
 TIMEOUT = 1800.0
 """Seconds that a rank waits for another; ``LIMBECK_RANK_TIMEOUT`` sets another number."""
@@ -50,12 +50,20 @@ class Ranks:
     """Which of how many processes this is. ``local_size``: how many of them are on this machine. Alone, nothing here talks to anybody.
 
     store: where ranks leave word for each other outside of the common steps; None where another program joined them.
+
+    Where ranks of their own were given to a teacher (``joined(teachers=K)``), the students come first and the teachers last, and ``seats`` has
+    those of this rank's kind as ranks among themselves. These talk over ``group`` (None: all processes), whose first has the number ``first``
+    among all, and belong to ``world``.
     """
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
     store: Any = field(default=None, compare=False, repr=False)
+    group: Any = field(default=None, compare=False, repr=False)
+    first: int = 0
+    world: Ranks | None = field(default=None, compare=False, repr=False)
+    seats: Seats | None = field(default=None, compare=False, repr=False)
     _gathering: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -63,33 +71,53 @@ class Ranks:
         """Whether this rank decides, writes and speaks."""
         return self.rank == 0
 
+    @property
+    def teachers(self) -> int:
+        """How many ranks were given to a teacher."""
+        return 0 if self.seats is None else self.size - self.seats.students
+
+    @property
+    def teaching(self) -> bool:
+        """Whether this rank is one of them."""
+        return self.seats is not None and self.rank >= self.seats.students
+
+    @property
+    def own(self) -> Ranks:
+        """Those that do the same work as this one: the students, or the teachers; all, where no rank was given to a teacher."""
+        return self if self.seats is None else self.seats.own
+
     def sum(self, values: Sequence[int]) -> list[int]:
         """The sums of these numbers over all ranks, on the CPU."""
         if self.size == 1:
             return list(values)
         told = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(told)
+        dist.all_reduce(told, group=self.group)
         return [int(v) for v in told.tolist()]
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on some rank; the same answer on all."""
         return self.sum([int(flag)])[0] > 0
 
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it holds on some rank of the whole run, those that only teach included."""
+        return (self.world or self).any(flag)
+
+    def tell(self, value: Any) -> None:
+        """What the main student rank has (a plain value), to the ranks that only teach, which take it by :meth:`heard`. All students call it."""
+        if self.world is not None:
+            self.world.told(lambda: value)
+
+    def heard(self) -> Any:
+        """On a rank that only teaches: what the students :meth:`tell`."""
+        return (self.world or self).told(dict)
+
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums over all ranks of scalars, where they are; nothing waits for a device."""
         if self.size == 1:
             return list(tensors)
         joint = torch.stack([t.detach().double() for t in tensors])
-        dist.all_reduce(joint)
+        dist.all_reduce(joint, group=self.group)
         return [t.to(own.dtype) for t, own in zip(joint.unbind(), tensors, strict=True)]
-
-    def least(self, value: int) -> int:
-        """The smallest of these numbers."""
-        if self.size == 1:
-            return value
-        told = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(told, op=dist.ReduceOp.MIN)
-        return int(told)
 
     def gather(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], slice]:
         """``(N_r, ...)`` of this rank -> ``(N, ...)`` of all ranks, in their order, and where this rank's rows stand in them.
@@ -104,7 +132,8 @@ class Ranks:
         if self.size == 1:
             return list(tensors), slice(0, count)
         if not self._gathering:
-            self._gathering.append(dist.new_group())
+            assert self.group is None, "a group of some ranks is made by all of them at once: see _seated"
+            self._gathering.append(dist.new_group(timeout=timedelta(seconds=_timeout())))
         [group] = self._gathering
         counts = [0] * self.size
         counts[self.rank] = count
@@ -115,14 +144,18 @@ class Ranks:
     def add(self, array: Any) -> None:
         """Sum a NumPy array over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(torch.from_numpy(array))
+            dist.all_reduce(torch.from_numpy(array), group=self.group)
 
     def from_main(self, make: Callable[[], Any]) -> Any:
         """What ``make`` gives on the main rank (plain values, as JSON has them), on every rank. Alone, the very object."""
+        return self.told(make)
+
+    def told(self, make: Callable[[], Any], source: int = 0) -> Any:
+        """The same of any rank."""
         if self.size == 1:
             return make()
-        raw = json.dumps(make()).encode() if self.main else b""
-        return json.loads(self.broadcast_bytes(raw))
+        raw = json.dumps(make()).encode() if self.rank == source else b""
+        return json.loads(self.broadcast_bytes(raw, source))
 
     def look(self) -> None:
         """Where every rank works for itself, for as long as it takes: leave if another one had to.
@@ -143,22 +176,29 @@ class Ranks:
         if wrong:
             text = "; ".join(f"{name} is {own[name]}, and the main rank has {told[name]}" for name in wrong)
             raise UsageError(
-                Problem(f"rank {self.rank} on {socket.gethostname()}", f"{text}.", "Every machine needs the same recipe, data and models.")
+                Problem(
+                    f"rank {os.environ.get('RANK', self.rank)} on {socket.gethostname()}",
+                    f"{text}.",
+                    "Every machine needs the same recipe, data and models.",
+                )
             )
 
-    def broadcast_bytes(self, raw: bytes) -> bytes:
-        """The main rank's bytes."""
-        length = torch.tensor([len(raw)])
-        dist.broadcast(length, 0)
-        told = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if self.main else torch.empty(int(length), dtype=torch.uint8)
+    def broadcast_bytes(self, raw: bytes, source: int = 0) -> bytes:
+        """The bytes of one rank, by default of the main rank."""
+        if self.size == 1:
+            return raw
+        length, owner = torch.tensor([len(raw)]), self.first + source
+        dist.broadcast(length, owner, group=self.group)
+        own = self.rank == source and len(raw) > 0
+        told = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if own else torch.empty(int(length), dtype=torch.uint8)
         if len(told):
-            dist.broadcast(told, 0)
+            dist.broadcast(told, owner, group=self.group)
         return told.numpy().tobytes()
 
     def broadcast(self, tensor: Tensor) -> None:
         """The main rank's values, into ``tensor`` on every rank."""
         if self.size > 1:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor, self.first, group=self.group)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -183,9 +223,19 @@ class Ranks:
         Each rank's loss is its share of the loss of the whole step (its items, divided by the count of all), so the shares are added. DDP by
         itself would divide by the number of ranks. The main rank's weights and buffers are given to all.
         """
-        wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-        wrapped.register_comm_hook(None, _added)
+        wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True, process_group=self.group)
+        wrapped.register_comm_hook(self.group, _added)
         return wrapped
+
+
+@dataclass(frozen=True)
+class Seats:
+    """How many ranks are students, the teachers coming after them; those of this rank's kind; and ``lane``, over which answers go from teachers to
+    students and nothing else, so that a thread may wait there."""
+
+    students: int
+    own: Ranks
+    lane: Any
 
 
 ALONE = Ranks()
@@ -215,8 +265,8 @@ class _Gathered(torch.autograd.Function):
         return summed[start : start + counts[rank]], None, None, None
 
 
-def _added(_, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are texts
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+def _added(group, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are texts
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
 
@@ -244,13 +294,18 @@ _JOINED: list[Ranks] = []
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(teachers: int = 0) -> Iterator[Ranks]:
     """The ranks of this run, for the length of a ``with`` block: alone, or all that the launcher started. May be nested.
+
+    teachers: so many of the launcher's first ranks teach and do nothing else; the next one is then the main rank. Where that cannot be (there are no
+    more ranks than that), it is left to whoever reads the recipe to say so.
 
     An error on any rank ends all of them, with one message: who fails first says why, and the others leave with :class:`Elsewhere`. A rank that
     was lost, or that does not answer within the timeout, ends the others with a sentence and exit code 3.
     """
     if _JOINED:  # further up
+        if 0 < teachers < _JOINED[0].size and _JOINED[0].teachers != teachers:
+            _JOINED[0] = _seated(_JOINED[0], teachers)
         yield _JOINED[0]
         return
     if dist.is_available() and dist.is_initialized():  # by the program that calls Limbeck
@@ -274,15 +329,35 @@ def joined() -> Iterator[Ranks]:
     _JOINED.append(Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store))
     hearing = _Hearing(store) if rank and not _kept_by_launcher() else None
     try:
+        if 0 < teachers < size:
+            _JOINED[0] = _seated(_JOINED[0], teachers)
         yield _JOINED[0]
         if hearing is not None:
             hearing.end()
-        dist.barrier()
+        _JOINED[0].barrier()
     except BaseException as error:
         raise _one_message(store, error, None if hearing is None else hearing.end()) from error
     finally:
         _JOINED.clear()
     dist.destroy_process_group()
+
+
+def _seated(ranks: Ranks, teachers: int) -> Ranks:
+    """The same processes, numbered anew: students first, so that the main rank is one that trains, in every group that it is in; then teachers."""
+    rank, size = int(os.environ["RANK"]), ranks.size
+    number, students = (rank - teachers) % size, size - teachers
+    timeout = timedelta(seconds=_timeout())
+    backend = dist.get_backend_config()
+    ranks.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group(backend, store=PrefixStore(f"teachers-{teachers}", ranks.store), rank=number, world_size=size, timeout=timeout)
+    # Every process makes every group, in one order: for each kind of ranks one for its steps, and one for what it gathers (see Ranks.gather).
+    groups = [[dist.new_group(list(range(*bounds)), timeout=timeout) for _ in range(2)] for bounds in ((0, students), (students, size))]
+    lane = dist.new_group(backend="gloo", timeout=timeout)
+    first, count, (group, gathering) = (0, students, groups[0]) if number < students else (students, teachers, groups[1])
+    world = Ranks(number, size, ranks.local_size, ranks.store)
+    own = Ranks(number - first, count, ranks.local_size, ranks.store, group, first, world, _gathering=[gathering])
+    return replace(world, seats=Seats(students, own, lane))
 
 
 def meet(store: Any, rank: int, size: int, seconds: float) -> str:
@@ -381,6 +456,7 @@ def _one_message(store: Any, error: BaseException, heard: int | None) -> BaseExc
         if silent:
             store.wait([_SAID], timedelta(seconds=10))
             store.add(_LEFT, 1)
+            atexit.register(_keep_open, store, 3.0)  # of several that are silent the others may not have looked yet
         else:
             atexit.register(_has_said, store)
     return Elsewhere(code) if silent else error
@@ -390,10 +466,15 @@ def _has_said(store: Any) -> None:
     """At the end of the process that spoke. Where it is also the one that keeps the store (no torchrun does), the others read it first."""
     with contextlib.suppress(Exception):
         store.set(_SAID, "1")
-        if os.environ["RANK"] == "0" and not _kept_by_launcher():
-            end = time.monotonic() + 15
-            while store.add(_LEFT, 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < end:
-                time.sleep(0.02)
+        _keep_open(store, 15.0)
+
+
+def _keep_open(store: Any, seconds: float) -> None:
+    """Where this process keeps the store (no torchrun does): until all but the one that spoke have left, or as long as that."""
+    with contextlib.suppress(Exception):
+        end = time.monotonic() + seconds if os.environ["RANK"] == "0" and not _kept_by_launcher() else 0.0
+        while time.monotonic() < end and store.add(_LEFT, 0) < int(os.environ["WORLD_SIZE"]) - 1:
+            time.sleep(0.02)
 
 
 def _is_lost(error: BaseException) -> bool:

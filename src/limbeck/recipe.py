@@ -66,6 +66,8 @@ def _text(expected: str, **limits: Any) -> Any:
 ModelName = Annotated[str, _text("the name of a model, e.g. timm:resnet50 (see `limbeck models`)")]
 SourceName = Annotated[str, _text(f"the name of data: {paths.SOURCES_SENTENCE}")]
 LossName = Annotated[str, _text("the name of a loss (see `limbeck losses`)")]
+_SEATS = "same, auto, device:NAME (device:cuda:1, device:cpu), or ranks:K"
+Placement = Annotated[str, _text(_SEATS, pattern=r"^(same|auto|device:(cpu|mps|cuda(:\d+)?)|ranks:[1-9]\d*)$")]
 Device = Annotated[str, _text("auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
@@ -112,7 +114,9 @@ class TeacherSpec(ModelSpec):
     """The model to learn from."""
 
     train: TeacherTraining | None = None
-    placement: Literal["same"] = "same"
+    placement: Placement = "same"
+    """Where it is asked. same: beside the student. device:NAME: on another device, a batch ahead of the student. ranks:K: under torchrun the first
+    K ranks do nothing else, and serve the others. auto: the last CUDA device that is not the student's, for one process that has several."""
     precision: Precision = "auto"
     """auto: as the student (with its layout) where that is explicit, else measured."""
     layout: Layout | None = None
@@ -270,6 +274,12 @@ class Recipe(Section):
     def command(self) -> Command:
         """The command that this recipe is for."""
         return "train" if self.teacher is None else "distill"
+
+    @property
+    def teacher_ranks(self) -> int:
+        """How many ranks only teach (``teacher.placement: ranks:K``)."""
+        kind, _, count = ("same" if self.teacher is None else self.teacher.placement).partition(":")
+        return int(count) if kind == "ranks" else 0
 
     @property
     def stages(self) -> list[Stage]:

@@ -32,6 +32,7 @@ from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Trained
 from limbeck.models import Model, load_into, which_blocks
+from limbeck.placement import Ahead, Here, asked_in_the_loop, beside, live_of, served
 from limbeck.progress import Progress
 from limbeck.ranks import Ranks, joined, refuse_lost_folder, restarted
 from limbeck.reading import absolute
@@ -72,7 +73,7 @@ def run_recipe(
 
     seeds: None is one, or on resume as many as the run was begun with. metrics_port: PORT or HOST:PORT, where training is told as Prometheus text.
     """
-    with joined() as ranks:
+    with joined(recipe.teacher_ranks) as ranks:
         if out is None:
             refuse_lost_folder()
         out = out or Path(ranks.from_main(lambda: str(next_free(Path("runs"), _run_name(recipe, command)))))
@@ -97,7 +98,7 @@ def run_into(
 ) -> dict[str, Any]:
     """:func:`run_recipe` into a folder that the caller has judged."""
     recipe = absolute(recipe, base)
-    with joined() as ranks, Progress(progress if ranks.main else "none", metrics_port if ranks.main else None) as shown:
+    with joined(recipe.teacher_ranks) as ranks, Progress(progress if ranks.main else "none", metrics_port if ranks.main else None) as shown:
         count = int(ranks.from_main(lambda: seeds or begun_seeds(out)))
         done = ranks.from_main(lambda: already(out, recipe, count))
         if done is not None:
@@ -113,10 +114,10 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     if dry_run and ranks.size > 1:
         text = f"measures what one process takes, and {ranks.size} were started."
         raise UsageError(Problem("--dry-run", text, "Start it without a launcher."))
-    begun = begun or begin(job)
+    begun = begun or begin(replace(job, plan=dry_run))
     agree(job, begun)
     recorded = _recorded(job, begun.facts)
-    if ranks.size > 1 and not begun.objective.per_item:
+    if ranks.size - ranks.teachers > 1 and not begun.objective.per_item:
         gathered = "The objective compares the items of a batch: for each microbatch those of all ranks are gathered."
         own = "A projection has batch statistics: on several ranks each takes them of its own share of a step."
         begun.notes.append(gathered if begun.objective.relational else own)
@@ -140,7 +141,9 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                 write_atomic(job.out / SKIPPED, skipped_csv(data))
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
         if begun.model is not None and begun.to_train:
-            begun.model, resumed["teacher"] = train_teacher(job, begun.model, begun.device, progress, stop, cost)
+            # several ranks train it together, each on a device of its own
+            where = begun.teacher_device if ranks.size == 1 else begun.device
+            begun.model, resumed["teacher"] = train_teacher(job, begun.model, where, progress, stop, cost)
             begun.columns = None
             if begun.answers is not None:
                 before = len(begun.notes)
@@ -155,13 +158,14 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
             stop.alone("the next part of the teacher's answers")
 
         asked = recorded[0] if recorded is not None and known else recipe
+        begun.parts.ranks = ranks.own  # what is evaluated from here on is evaluated by those who hold it
         try:
             teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
         except Interrupted:
             cost.keep()  # of the part that was not finished too
             raise
         cost.cached = teacher if isinstance(teacher, CachedTeacher | TableTeacher) else None
-        shared = Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed)
+        shared = Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed, ranks)
         if begun.table is not None and begun.table.test is not None:
             shared.teacher_logits = begun.table.test if begun.columns is None else begun.table.test[:, begun.columns]
             shared.teacher_figures = {
@@ -177,7 +181,9 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
             workers, reason = ranks.from_main(
                 lambda: choose_workers(job.recipe.train.workers, data.train, begun.parts.augment, ranks.local_size)
             )
-            recipe = resolved(recipe, engines, workers, why["accumulate"]["value"], several=ranks.size > 1)
+            seat = begun.seat
+            place = "same" if seat is None else seat.placement
+            recipe = resolved(recipe, engines, workers, why["accumulate"]["value"], placement=place, several=ranks.size > 1)
             device = begun.device.type
             record = {
                 **(
@@ -185,6 +191,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                     if choices is None
                     else {"teacher": choices[1], "teacher_cache": dict(zip(("kept", "reason"), begun.cached, strict=True))}
                 ),
+                **({} if seat is None else {"teacher_placement": {"value": seat.placement, "reason": seat.reason}}),
                 **why,
                 "workers": {"value": workers, "reason": reason},
                 "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
@@ -200,6 +207,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
             engines = explicit(recipe, begun.device)
             environment = {**environment, "world_size": ranks.size, "threads": torch.get_num_threads()}
         begun.parts.recipe = recipe
+        if isinstance(teacher, Ahead) and teacher.live is None:
+            begun.model = None  # it was looked at; it teaches elsewhere
         shared.engine, shared.environment = engines["student"], environment
         result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, begun.student, shared)
     if meter is not None:
@@ -215,7 +224,7 @@ def _teacher_at_work(
     """The teacher of the loop, and how it runs (or ran, when it was asked) and why. Fills what its cache lacks."""
     if begun.known is None:
         return None, None
-    device, model, answers = begun.device, begun.model, begun.answers
+    device, model, answers, ranks = begun.teacher_device, begun.model, begun.answers, job.ranks
     if begun.table is not None:
         return begun.table, None
 
@@ -226,8 +235,12 @@ def _teacher_at_work(
 
     if answers is None:
         assert model is not None
-        engine, why = engine_from_main(job.ranks, choice, device)
-        return LiveTeacher(model, engine, begun.columns, meter), (engine, why)
+        engine, why = engine_from_main(ranks, choice, device, ranks.size - ranks.teachers if ranks.teachers else 0)
+        if ranks.teachers and not ranks.teaching:
+            return served(ranks, begun.device, {"weights_sha256": model.weights_sha256}), (engine, why)
+        live = LiveTeacher(model, engine, begun.columns, meter)
+        ahead = begun.seat is not None and begun.seat.ahead
+        return beside(live, Engine(begun.device, recipe.train.precision)) if ahead else live, (engine, why)
     if model is not None and begun.found is not None and meter is not None:
         verify = VERIFIED if job.verify_cache is None else job.verify_cache
         why = keep_answers(
@@ -240,11 +253,11 @@ def _teacher_at_work(
             between,
             verify=verify,
             chosen=choice,
-            ranks=job.ranks,
+            ranks=ranks,
         )
     else:
         why = {"measured": [], "reason": "as its answers were given"}
-    teacher = answers.teacher(begun.columns, device)
+    teacher = answers.teacher(begun.columns, begun.device)
     made = teacher.reader.manifest.made
     return teacher, (Engine(device, made["precision"], made["layout"]), why)
 
@@ -264,15 +277,26 @@ def _student_choice(job: Job, begun: Begun, teacher: Teacher | None, progress: P
     engine, accumulate, why_so, cut_so = how_to_train(
         recipe,
         begun.student,
-        teacher,
+        _to_measure_with(begun, teacher),
         begun.objective.at(begun.parts.measured),
         begun.parts,
         begun.device,
         progress,
         copies=copies_of(recipe, begun.device),
-        ask=isinstance(teacher, LiveTeacher),
+        ask=asked_in_the_loop(teacher),
     )
     return engine, {"student": why_so, "accumulate": {"value": accumulate, "reason": given, **(cut_so or {})}}
+
+
+def _to_measure_with(begun: Begun, teacher: Teacher | None) -> Teacher | None:
+    """A teacher that answers at once: its copy in this process, that was looked at, where it sits on other ranks."""
+    if not asked_in_the_loop(teacher):
+        return teacher
+    live = live_of(teacher)
+    if live is None:
+        assert begun.model is not None
+        live = LiveTeacher(begun.model, Engine(torch.device("cpu")), begun.columns)
+    return Here(live, begun.device, begun.seat)
 
 
 def _blocks(student: Model, recipe: Recipe) -> dict[str, Any]:
@@ -293,15 +317,20 @@ def _teacher_on_record(begun: Begun, shared: Shared, meter: Meter | None) -> tup
     shared.stop.between("the teacher is measured")
     measured: dict[str, Any] = {}
     if begun.parts.ranks.main:
-        shared.exact.place(model.module)
-        measured = measures(model, begun.parts.samples(model.preprocessing), shared.exact)
-        begun.answers.keep_figures(measured, begun.device)
+        exact = replace(shared.exact, device=begun.teacher_device)
+        exact.place(model.module)
+        measured = measures(model, begun.parts.samples(model.preprocessing), exact)
+        begun.answers.keep_figures(measured, exact.device)
+        if exact.device.type != begun.device.type:
+            measured |= _ELSEWHERE
     if meter is not None:
         meter.close()
     begun.model = None
     return logits, {"metrics": found, **measured}
 
 
+_ELSEWHERE: dict[str, Any] = {"latency_ms": None, "throughput": None}
+"""A speed on a device of another kind cannot be compared with the student's."""
 _UNMEASURED: dict[str, Any] = {"parameters": None, "bytes": None, "flops": None, "latency_ms": None, "throughput": None}
 
 
@@ -322,14 +351,17 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
         baseline = replace(student, module=copy.deepcopy(student.module)) if teacher is not None and recipe.baseline else None
         stop.between("the training of the student")
         trained["student"] = train_role("student", folder, recipe, student, parts.objective(recipe.seed), teacher, shared, log)
-        if isinstance(teacher, LiveTeacher):
-            teacher.check_untouched()
+        live = live_of(teacher)
+        if live is not None:
+            live.check_untouched()
         if baseline is not None:
             stop.between("the training of the baseline")
             if lender is None:
                 trained["baseline"] = train_role("baseline", folder, recipe, baseline, parts.baseline_objective(), None, shared, log)
             else:
-                trained["baseline"] = _lent(lender, folder, baseline, ranks, shared.exact)
+                trained["baseline"] = (
+                    (Trained(0, 0.0, 0), {}) if ranks.teaching else _lent(lender, folder, baseline, ranks.own, shared.exact)
+                )
             del baseline
         runs = {role: run for role, (run, _) in trained.items()}
         resumed = {**shared.resumed, **{role: run.resumed_from for role, run in runs.items()}}
@@ -341,12 +373,14 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
 
         logits: dict[str, np.ndarray[Any, Any]] = {}
         measured: dict[str, Any] = {}
-        if isinstance(teacher, LiveTeacher) or shared.teacher_logits is not None:
+        if asked_in_the_loop(teacher) or shared.teacher_logits is not None:
             stop.between("the evaluation of the teacher")
             logits["teacher"], measured["teacher"] = _evaluate_teacher(shared)
         for role in ("baseline", "student"):  # the student last: its weights stay in the module
             if role in trained:
                 stop.between(f"the evaluation of the {role}")
+                if ranks.teaching:
+                    continue
                 student.module.load_state_dict(trained[role][1])
                 shared.exact.place(student.module)
                 logits[role] = parts.logits(student, data.test, shared.exact)
@@ -433,20 +467,36 @@ def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks, engine: Eng
 
 
 def _evaluate_teacher(shared: Shared) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """The teacher on the test split, in full precision, once for all seeds; then it goes back to how it teaches."""
-    teacher, parts = shared.teacher, shared.parts
+    """The teacher on the test split, in full precision, once for all seeds, by those who hold it; then it goes back to how it teaches."""
+    teacher, parts, ranks = live_of(shared.teacher), shared.parts, shared.ranks
     if shared.teacher_logits is None:
-        assert isinstance(teacher, LiveTeacher)
-        with teacher.placed(shared.exact):
-            start = time.perf_counter()
-            logits = parts.logits(teacher.model, parts.data.test, shared.exact)
-            teacher.meter.add(time.perf_counter() - start, shared.exact.device)
-            shared.teacher_logits = teacher.in_data_order(logits)
-            if parts.ranks.main:
-                samples = parts.samples(teacher.model.preprocessing)
-                shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, samples, shared.exact)
-        teacher.check_untouched()
+        if teacher is not None:
+            exact = replace(shared.exact, device=teacher.engine.device)
+            with teacher.placed(exact):
+                start = time.perf_counter()
+                logits = parts.logits(teacher.model, parts.data.test, exact)
+                teacher.meter.add(time.perf_counter() - start, exact.device)
+                shared.teacher_logits = teacher.in_data_order(logits)
+                if parts.ranks.main:
+                    samples = parts.samples(teacher.model.preprocessing)
+                    shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, samples, exact)
+                    if exact.device.type != shared.exact.device.type:
+                        shared.teacher_figures |= _ELSEWHERE
+            teacher.check_untouched()
+        if ranks.teachers:
+            shared.teacher_logits, shared.teacher_figures = _told_by_teachers(ranks, shared.teacher_logits, shared.teacher_figures)
+    assert shared.teacher_logits is not None
     return shared.teacher_logits, shared.teacher_figures
+
+
+def _told_by_teachers(
+    ranks: Ranks, logits: np.ndarray[Any, Any] | None, found: dict[str, Any]
+) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """What the first rank that teaches has measured, on every rank."""
+    source = ranks.size - ranks.teachers
+    shape, told = ranks.told(lambda: [list(logits.shape) if logits is not None else None, found], source)
+    raw = ranks.broadcast_bytes(b"" if logits is None else np.ascontiguousarray(logits).tobytes(), source)
+    return np.frombuffer(raw, dtype=np.float64).reshape(shape), dict(told)
 
 
 def _many_seeds(job: Job, recipe: Recipe, shared: Shared) -> dict[str, Any]:

@@ -47,12 +47,13 @@ def sweep(
     first step.
     """
     plan = {"vary": vary, "seeds": seeds, "recipes": {p.name: p.recipe.model_dump(mode="json") for p in points}}
-    with joined() as ranks, Progress(progress if ranks.main else "none", metrics_port if ranks.main else None) as shown:
+    teachers = points[0].recipe.teacher_ranks
+    with joined(teachers) as ranks, Progress(progress if ranks.main else "none", metrics_port if ranks.main else None) as shown:
         resume = resume or restarted(ranks)
         if ranks.main:
             refuse_taken(out, resume)
             _same_plan(out, plan, resume)
-        lending = Lending(base, out, seeds, seeds * len(points), ranks)
+        lending = Lending(base, out, seeds, seeds * len(points), ranks, plan=dry_run)
         begun = judge(points, lending, vary)
         if dry_run:
             return plan_sweep(points, lending, begun, shown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -11,23 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from limbeck.data import Request
 from limbeck.engine import Engine
 from limbeck.errors import LimbeckError
 from limbeck.models import Capture, Model, logits_of, state_hash
 from limbeck.types import Batch, Needs, Signal
 
-__all__ = ["LiveTeacher", "Meter", "Teacher"]
+__all__ = ["Asking", "Coming", "LiveTeacher", "Meter", "Teacher"]
+
+Coming = Iterator[tuple[Request, Batch]]
+"""The batches of a fit's steps, in order."""
+
+Asking = Callable[[Request], tuple[Needs | None, Sequence[tuple[int, int]]]]
+"""What a step asks its teacher for (None: it does not ask), and the bounds of the microbatches that it asks about."""
 
 
 class Teacher(Protocol):
     """Whatever can say, for a batch, what a student should learn from.
 
-    ``identity`` says which weights and which preparation of inputs it answers with.
+    ``identity`` says which weights and which preparation of inputs it answers with. A loop takes its batches from ``ahead``, so that a teacher that
+    sits elsewhere sees the next one while the student trains on the present one, and then asks about every microbatch in order, in the steps that
+    ask at all (``asked`` knows). One that is asked where the loop runs gives the batches back as they come.
     """
 
     identity: dict[str, Any]
 
     def __call__(self, batch: Batch, needs: Needs) -> Signal: ...
+
+    def ahead(self, coming: Coming, asked: Asking) -> Coming: ...
 
 
 class Meter:
@@ -87,6 +98,9 @@ class LiveTeacher:
             logits = logits.index_select(-1, self._columns)
         self.meter.add(time.perf_counter() - start, self.engine.device)
         return Signal(logits, features)
+
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
+        return coming
 
     def in_data_order(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """``(N, C)`` raw outputs of the model in the class order of the data."""

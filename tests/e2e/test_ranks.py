@@ -337,3 +337,18 @@ def test_the_shares_of_a_request_are_its_rows(count: int, size: int) -> None:
     np.testing.assert_array_equal(np.concatenate(counted), whole.rows)
     assert all(len(rows) >= 2 for rows in counted) or count < 4
     assert all(len(share.rows) for share in shares)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shares_may_be_cut_alike_by_their_requests_alone(size: int, accumulate: int) -> None:
+    """Into as many parts as the share has that is cut into the fewest; each share is still covered, in order."""
+    from limbeck.data import Request
+
+    for count in range(1, 40):
+        shares = [Request(0, 0, 0, np.arange(count)).share(rank, size) for rank in range(size)]
+        fewest = min(len(share.cuts(accumulate)) for share in shares)
+        for share in shares:
+            bounds = share.cuts(accumulate, alike=True)
+            assert len(bounds) == fewest
+            assert [i for start, stop in bounds for i in range(start, stop)] == list(range(len(share.rows)))

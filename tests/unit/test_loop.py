@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from limbeck.data import Plan
+from limbeck.data import Plan, cuts
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, NonFinite
-from limbeck.loop import Average, cuts, learning_rate
+from limbeck.loop import Average, learning_rate
 from limbeck.models import state_hash, wrap_module
 from limbeck.objective import Objective
 from limbeck.recipe import Term

@@ -17,15 +17,19 @@ import limbeck._microbatch as microbatch
 import limbeck.data.loader as loader
 import limbeck.loop as loop
 from limbeck import _machine
-from limbeck.data import Request, stream
+from limbeck.data import BatchBuilder, Request, stream
 from limbeck.data.sources import Tensors
 from limbeck.engine import Engine
 from limbeck.errors import Stopped
 from limbeck.memory import available, largest
+from limbeck.models import wrap_module
+from limbeck.objective import Objective
+from limbeck.placement import Here, Seat
 from limbeck.progress import Progress
+from limbeck.teacher import LiveTeacher
 from limbeck.types import Batch
 from running import limbeck, lines, make_folder, read, recipe, run, weights
-from support import run_fit, settings, toy_data
+from support import KD_MIX, Big, Small, made, run_fit, settings, toy_data
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -199,6 +203,27 @@ def test_what_fits_in_no_cut_is_refused(
     limited(monkeypatch, 1000)
     assert limbeck("distill", recipe(there, student={"model": "python:nets.py:wide"}, train=TRAIN), "--out", tmp_path / "run") == 3
     assert "Not even 2 rows at a time fit" in " ".join(capsys.readouterr().err.split())
+
+
+def test_answers_that_come_a_step_ahead_are_held_beside_it() -> None:
+    """Those of two steps of 24 rows, 4 classes in float64; and what the teacher works in, where that is the same memory."""
+    data, engine, train = toy_data(30), Engine(CPU, "float64"), settings()
+    student = wrap_module(made(Small, "student"), role="student", data=data)
+    live = LiveTeacher(wrap_module(made(Big, "teacher"), role="teacher", data=data), engine)
+    objective = Objective.build(KD_MIX, classes=data.classes, label_counts=np.bincount(data.train.labels))
+    both: Any = {"student": student.preprocessing, "teacher": live.model.preprocessing}
+    batch = BatchBuilder(data.train, **both, num_classes=4, dtype=engine.dtype)(Request(0, 0, 0, np.arange(24)))
+    with largest(CPU) as works:
+        answer = live(engine.send(batch.part(0, 8)), objective.teacher_needs)
+
+    def peak(teacher: Any) -> float:
+        return microbatch._Work(student, teacher, objective, engine, train, 0, batch).peak(8)
+
+    alone = peak(lambda part, needs: answer)
+    two = 2 * 24 * 4 * 8
+    assert peak(Here(live, CPU, Seat(CPU, ranks=1))) == alone + two
+    assert peak(Here(live, CPU, Seat(CPU, ahead=True))) == alone + two + works()
+    assert peak(Here(live, CPU, Seat(CPU))) < alone + two + works()
 
 
 # --- loaders

@@ -32,6 +32,7 @@ def breaks(num_classes):
 """
 
 GOOD = "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: digits\n"
+PLACED = "teacher: {{model: 'python:models.py:net', placement: {}}}\nstudent: python:models.py:net\ndata: digits\n"
 TEXTS = "teacher: bert-large\nstudent: bert-base\n"
 DISTILL = ("distill", "--teacher", "python:models.py:net", "--student", "python:models.py:net")
 DIGITS = (*DISTILL, "--data", "digits")
@@ -108,6 +109,18 @@ READING = {
         GOOD + "train: {batch_size: auto, accumulate: 4}\n", "train.batch_size", "Leave train.accumulate out"
     ),
     "an automatic cut on mps": recipe(GOOD + "train: {accumulate: auto, device: mps}\n", "train.accumulate", "cpu and cuda"),
+    "a teacher's place without its kind": recipe(PLACED.format("cuda:1"), "teacher.placement", "got 'cuda:1'", "device:NAME", "ranks:K"),
+    "a device spelled wrong": recipe(PLACED.format("device:cpu:1"), "teacher.placement", "got 'device:cpu:1'", "device:cpu"),
+    "no ranks for a teacher": recipe(PLACED.format("ranks:0"), "teacher.placement", "got 'ranks:0'"),
+    "a teacher's device that is not there": recipe(
+        PLACED.format("device:cuda:63"), "teacher.placement", "got 'device:cuda:63'", "CUDA device"
+    ),
+    "half types of a teacher on a CPU": recipe(
+        PLACED.format("device:cpu, precision: fp16"), "teacher.placement: is device:cpu", "fp16", "teacher.precision"
+    ),
+    "a place for a file of logits": recipe(
+        GOOD.replace("python:models.py:net", "{model: 'logits:good.npy', placement: device:cpu}", 1), "teacher.placement", "file of logits"
+    ),
     # settings that would be ignored
     "momentum with adamw": recipe(GOOD + "train: {momentum: 0.9}\n", "train.momentum", "sgd"),
     "betas with sgd": recipe(GOOD + "train: {optimizer: sgd, betas: [0.9, 0.99]}\n", "train.betas", "adam"),
@@ -273,6 +286,9 @@ SPINE = {
     "no blocks to compute again": recipe(GOOD + "train: {gradient_checkpointing: true}\n", "repeats a block", "[0, 1, 2, 3]"),
     "no such block": recipe(
         GOOD + "train: {gradient_checkpointing: ['4']}\n", "train.gradient_checkpointing", "'4' is no layer of Sequential"
+    ),
+    "ranks for a teacher in a single process": recipe(
+        PLACED.format("ranks:1"), "teacher.placement", "this is a single process", "torchrun --nproc-per-node 2"
     ),
     "no such layer": recipe(GOOD + "objective: [{loss: hint, student: '1', teacher: nine}]\n", "nine"),
 }

@@ -63,6 +63,10 @@ FLIPPED = {"source": "npz:pictures.npz", "augment": {"flip": True}}
 
 
 class TestFormulas:
+    def test_a_teacher_that_answers_meanwhile_leaves_less_to_gain(self) -> None:
+        """8 epochs of the longer of 1 and 3 seconds, against 8 of 1 and 2 of 3."""
+        assert ceiling(1.0, 3.0, passes=8, views=2, apart=True) == pytest.approx(24 / 14)
+
     @pytest.mark.parametrize(
         ("student", "teacher", "passes", "views", "expected"),
         [

@@ -16,12 +16,15 @@ from torch import nn
 from limbeck._parts import Parts
 from limbeck._teaching import Answers
 from limbeck.data import Data, Plan, Request, data_from_python, nested
+from limbeck.engine import Engine
 from limbeck.errors import Interrupted, UsageError
 from limbeck.loop import learning_rate
 from limbeck.models import wrap_module
 from limbeck.objective import Objective, StagedObjective
+from limbeck.placement import beside
 from limbeck.reading import build_recipe
 from limbeck.recipe import Recipe, Stage, Term
+from limbeck.teacher import LiveTeacher
 from limbeck.types import ImagePreprocessing, TensorPreprocessing, TextPreprocessing
 from models_support import tokenizer_in
 from support import FEATURES, KD_MIX, Big, Small, made, run_fit, settings, state_bytes, tensors, toy_data
@@ -185,14 +188,26 @@ def test_a_plain_loop_over_two_stages_gives_the_same_weights(tmp_path: Path) -> 
 
 
 def test_the_teacher_is_asked_only_where_a_stage_needs_it(tmp_path: Path) -> None:
-    from limbeck.engine import Engine
-    from limbeck.teacher import LiveTeacher
-
     data = toy_data(40)
     teacher = LiveTeacher(wrap_module(made(Big, "teacher"), role="teacher", data=data), Engine(torch.device("cpu"), "float64"))
     recipe = recipe_of([{"epochs": 2, "objective": ["cross_entropy"]}, {"fraction": 0.5, "epochs": 1}])
-    staged_fit(tmp_path, data, recipe, teacher=teacher)
+    found, _ = staged_fit(tmp_path / "beside", data, recipe, teacher=teacher)
     assert teacher.meter.items == 20
+    ahead, _ = staged_fit(tmp_path / "ahead", data, recipe, teacher=beside(teacher, teacher.engine))
+    assert teacher.meter.items == 40
+    assert state_bytes(ahead.module) == state_bytes(found.module)
+
+
+def test_a_teacher_that_draws_is_found_in_the_stage_that_asks_it(tmp_path: Path) -> None:
+    """Before a step during which it could take the student's numbers."""
+    data = toy_data(40)
+    drawing = made(Big, "teacher")
+    drawing.drop.register_forward_hook(lambda module, given, gave: gave + torch.rand(1, dtype=torch.float64))
+    engine = Engine(torch.device("cpu"), "float64")
+    teacher = LiveTeacher(wrap_module(drawing, role="teacher", data=data), engine)
+    recipe = recipe_of([{"epochs": 2, "objective": ["cross_entropy"]}, {"fraction": 0.5, "epochs": 1}])
+    with pytest.raises(UsageError, match="draws random numbers while it answers"):
+        staged_fit(tmp_path, data, recipe, teacher=beside(teacher, engine))
 
 
 def test_a_stop_at_every_step_of_every_stage_ends_in_the_same_bytes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from limbeck.data import Data, groups, rows_of
 from limbeck.data.tables import read_parquet
 from limbeck.errors import Problem, UsageError, nearest
 from limbeck.run import file_sha256
+from limbeck.teacher import Asking, Coming
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["TableTeacher", "write_ids"]
@@ -200,6 +201,9 @@ class TableTeacher:
                 raise UsageError(
                     Problem(WHERE, f"{self.path} has NaN or infinity for the sample {high:016x}{low:016x} (its row {rows[bad[0]]}).")
                 )
+
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
+        return coming
 
     def __call__(self, batch: Batch, needs: Needs) -> Signal:
         at = np.searchsorted(self._high, batch.ids[:, 0])

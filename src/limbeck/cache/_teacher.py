@@ -13,6 +13,7 @@ import torch
 from limbeck.cache._codec import Sparse, Stored, sparse_differences
 from limbeck.cache._store import Reader
 from limbeck.errors import LimbeckError, UsageError
+from limbeck.teacher import Asking, Coming
 from limbeck.types import Batch, Needs, Signal
 
 __all__ = ["CachedTeacher", "compare"]
@@ -48,6 +49,9 @@ class CachedTeacher:
             cut = {k: v[:, : mask.shape[1]] if v.ndim == 3 else v for k, v in signal.features.items()}
             signal = replace(signal, features=cut)
         return signal.to(self.device)
+
+    def ahead(self, coming: Coming, asked: Asking) -> Coming:
+        return coming
 
 
 def compare(told: Signal, live: Signal, *, half: bool, folder: Path, ids: Keys, sparse: Sparse | None = None, view: int = 0) -> None:

@@ -35,7 +35,7 @@ _BUCKET = 50  # batches that are sorted by length together: long enough for litt
 @dataclass(frozen=True, eq=False)
 class Request:
     """One batch to build. step and epoch: of the whole fit, from 0. rows: ``(B,)`` int64 indices into the split. counted: False where no loss counts
-    them. stage: of the fit, from 0."""
+    them. stage: of the fit, from 0. smallest: how many rows the smallest share of its step has; None where it is not shared."""
 
     step: int
     epoch: int
@@ -43,6 +43,7 @@ class Request:
     rows: Int64
     counted: bool = True
     stage: int = 0
+    smallest: int | None = None
 
     def share(self, rank: int, size: int) -> Request:
         """The rows of one of ``size`` ranks; together they are those of this request, in order.
@@ -53,10 +54,19 @@ class Request:
         if size == 1:
             return self
         bounds = cuts(len(self.rows), size)
+        along = self.rows[:2]
+        smallest = min(stop - start for start, stop in bounds) if len(bounds) == size else len(along)
         if rank < len(bounds):
             start, stop = bounds[rank]
-            return replace(self, rows=self.rows[start:stop])
-        return replace(self, rows=self.rows[:2], counted=False)
+            return replace(self, rows=self.rows[start:stop], smallest=smallest)
+        return replace(self, rows=along, counted=False, smallest=smallest)
+
+    def cuts(self, accumulate: int, *, alike: bool = False) -> list[tuple[int, int]]:
+        """The bounds of its microbatches, ``accumulate`` of them or fewer. alike: no more than the smallest share of the step has, so that all shares
+        have as many."""
+        if alike and self.smallest is not None:
+            accumulate = len(cuts(self.smallest, accumulate))
+        return cuts(len(self.rows), accumulate)
 
 
 def cuts(count: int, parts: int) -> list[tuple[int, int]]:
