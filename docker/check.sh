@@ -3,6 +3,7 @@
 #
 #   docker/check.sh               read docker/Dockerfile, build its targets on a base made here, try them (make image-check)
 #   docker/check.sh FILE          another Dockerfile with the same targets
+#   docker/check.sh --try         only try the images that the last run built
 #   docker/check.sh --read FILE   only read it: every target must end as a user that is a number and not 0
 #
 # Needs Linux, root, apt (Debian, Ubuntu), 40 GB of disk and about 4 GB of downloads. buildah (chroot isolation), podman and runc are installed where they are missing.
@@ -63,6 +64,8 @@ if [[ ${1:-} == --read ]]; then
     read_file "${2:-$file}" || exit 1
     exit 0
 fi
+just_try=
+if [[ ${1:-} == --try ]]; then just_try=1; shift; fi
 [[ $# -le 1 ]] || { say "docker/check.sh takes one file." >&2; exit 2; }
 file=${1:-$file}
 read_file "$file" || exit 1
@@ -86,7 +89,7 @@ started() { pod run --rm --network host "${limits[@]}" "$@"; }
 
 # -- a base of this machine's own distribution -------------------------------------------------------------------------------------------------
 # What this machine needs to reach its package index (certificates, pip's configuration) goes into the base for this test alone.
-if ! build images --quiet "$base" >/dev/null 2>&1; then
+if [[ -z $just_try ]] && ! build images --quiet "$base" >/dev/null 2>&1; then
     for sources in /etc/apt/sources.list.d/{debian,ubuntu}.sources /etc/apt/sources.list; do
         [[ -s $sources ]] && break
     done
@@ -109,7 +112,10 @@ fi
 declare -A seconds size
 for target in "${targets[@]}"; do
     begun=$(date +%s)
-    if build build --isolation chroot --format docker --layers --file "$file" --target "$target" --tag "limbeck-check:$target" "${limits[@]}" \
+    if [[ -n $just_try ]]; then
+        seconds[$target]=- size[$target]=$(pod image inspect --format '{{.Size}}' "limbeck-check:$target" 2>/dev/null || echo 0)
+        ((size[$target] > 0)) || bad "target $target was not built before"
+    elif build build --isolation chroot --format docker --layers --file "$file" --target "$target" --tag "limbeck-check:$target" "${limits[@]}" \
         --build-arg "BASE_IMAGE=${BASE_IMAGE:-$base}" --build-arg "SERVE_BASE_IMAGE=${SERVE_BASE_IMAGE:-$base}" --build-arg "TORCH=$torch" --build-arg "CUDA=$cuda" \
         "$here" >"$root/logs/build-$target.log" 2>&1; then
         seconds[$target]=$(($(date +%s) - begun))
@@ -119,11 +125,12 @@ for target in "${targets[@]}"; do
         bad "target $target does not build: $(tail -n 3 "$root/logs/build-$target.log" | tr '\n' ' ')"
     fi
 done
-[[ $failed == 0 ]] || { say "$failed failed."; exit 1; }
+[[ $failed == 0 || -n $just_try ]] || { say "$failed failed."; exit 1; }
 
 # -- what it is --------------------------------------------------------------------------------------------------------------------------------
 look() { pod image inspect --format "$2" "limbeck-check:$1"; }
 for target in "${targets[@]}"; do
+    ((size[$target] > 0)) || continue
     [[ $(look "$target" '{{.Config.User}}') =~ ^[1-9][0-9]*(:[0-9]+)?$ ]] && good "$target: the user is a number" || bad "$target: the user is '$(look "$target" '{{.Config.User}}')'"
     [[ $(look "$target" '{{json .Config.Entrypoint}}') == '["tini"'* ]] && good "$target: tini is process 1" || bad "$target: the entrypoint is $(look "$target" '{{json .Config.Entrypoint}}')"
     [[ $(look "$target" '{{json .Config.Env}}') =~ TOKEN|SECRET|PASSWORD ]] && bad "$target: a secret in the environment" || good "$target: no secret in the environment"
@@ -190,20 +197,20 @@ owned "$work/other/cache" 54321 "its caches belong to user 54321"
 # SIGTERM: the run commits a checkpoint and leaves with 75, and the same command goes on.
 long=(limbeck train --student python:nets.py:small --data digits --epochs 100000 --resume --out /workspace/checkpoints/long)
 pod rm --force --ignore limbeck-check-long >/dev/null
+lines() { if [[ -f $1 ]]; then wc -l <"$1"; else echo 0; fi; }
+log=$work/ordinary/checkpoints/long/log.jsonl
 for round in first second; do
-    before=$(wc -l <"$work/ordinary/checkpoints/long/log.jsonl" 2>/dev/null || echo 0)
+    before=$(lines "$log")
     pod run --detach --name limbeck-check-long --network host "${limits[@]}" --stop-timeout 100 "${ordinary[@]}" "$image" "${long[@]}" >/dev/null
-    for _ in $(seq 300); do
-        now=$(wc -l <"$work/ordinary/checkpoints/long/log.jsonl" 2>/dev/null || echo 0)
-        ((now > before + 20)) && break
+    for _ in $(seq 900); do
+        (($(lines "$log") > before + 20)) && break
         sleep 1
     done
     pod stop --time 100 limbeck-check-long >/dev/null 2>&1 || true
     expect 75 "a run that is stopped by SIGTERM leaves with 75 ($round time)" sh -c "exit $(pod wait limbeck-check-long)"
     pod rm --force limbeck-check-long >/dev/null
 done
-resumed=$(grep -c '"resumed"\|"event": "resume' "$work/ordinary/checkpoints/long/log.jsonl" || true)
-say "      (lines of the log that speak of going on: $resumed)"
+grep -q '"resumed_from"' "$log" && good "the second one went on from the checkpoint of the first" || bad "the second one did not go on from the checkpoint of the first"
 
 doctor() { started "$@" limbeck doctor --json >"$root/logs/doctor.json" 2>"$root/logs/last.log" || true; }
 level() { python3 -c 'import json, sys; print(next((f["level"] for f in json.load(open(sys.argv[1]))["findings"] if f["name"] == sys.argv[2]), "absent"))' "$root/logs/doctor.json" "$1" 2>&1 | tail -1; }

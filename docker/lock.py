@@ -27,7 +27,7 @@ LINES = {
     "torch-2.6.0": ["torch==2.6.0", "torchvision==0.21.0"],
     "torch-2.14.1": ["torch==2.14.1", "torchvision==0.29.1"],
 }
-JUPYTER = ["jupyterlab>=4.4", "ipykernel>=6.29"]
+JUPYTER = ["jupyterlab>=4.4"]
 # limbeck itself is installed without its dependencies there; its command line needs the last three.
 SERVE = ["onnxruntime", "numpy", "fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21", "pillow", "typer", "pydantic", "PyYAML"]
 SERVE_ALONE = ["tokenizers"]  # needs what it names only to ask a hub
@@ -82,7 +82,7 @@ def _files(name: str) -> list[tuple[Path, list[str], Path | None]]:
         ]
     folder, runtime = LOCKS / name, LINES[name] + wanted("all")
     first = folder / "runtime.txt"
-    return [(first, runtime, None), (folder / "jupyter.txt", runtime + JUPYTER, first), (folder / "ci.txt", runtime + wanted("dev"), first)]
+    return [(first, runtime, None), (folder / "jupyter.txt", runtime + wanted("notebook") + JUPYTER, first), (folder / "ci.txt", runtime + wanted("dev"), first)]
 
 
 def _ranged(names: list[str]) -> list[str]:
