@@ -82,7 +82,11 @@ def _files(name: str) -> list[tuple[Path, list[str], Path | None]]:
         ]
     folder, runtime = LOCKS / name, LINES[name] + wanted("all")
     first = folder / "runtime.txt"
-    return [(first, runtime, None), (folder / "jupyter.txt", runtime + wanted("notebook") + JUPYTER, first), (folder / "ci.txt", runtime + wanted("dev"), first)]
+    return [
+        (first, runtime, None),
+        (folder / "jupyter.txt", runtime + wanted("notebook") + JUPYTER, first),
+        (folder / "ci.txt", runtime + wanted("dev"), first),
+    ]
 
 
 def _ranged(names: list[str]) -> list[str]:
