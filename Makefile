@@ -9,6 +9,7 @@
 #   make cifar-pair   fetch CIFAR-10, train a teacher, distil it, 3 seeds (about two hours on 2 cores, in the foreground)
 #   make r8           fetch R8 and MiniLM, fine-tune it, distil it into 2 layers, 3 seeds
 #   make bench        measure speed against a plain loop and other libraries; docs/benchmarks.md (P10 alone: make bench ROWS=P10)
+#   make image-check  build the images of docker/Dockerfile and try what is promised of them (Linux, root, apt, 40 GB of disk; an hour or two)
 #   make clean        remove .venv and caches; runs/ and data/ stay
 #
 # TORCH chooses the PyTorch to install, e.g.  make test TORCH="torch==2.6.0 torchvision==0.21.0"
@@ -17,16 +18,17 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch torchvision
 BIN     = $(VENV)/bin
-STAMP   = $(VENV)/.installed
+# The ci image sets INSTALLED: everything is there, and nothing is installed.
+STAMP   = $(if $(INSTALLED),,$(VENV)/.installed)
 RUNS   ?= runs
 
-.PHONY: demo test test-oldest lint gpu mutants faults cifar-pair r8 bench clean help
+.PHONY: demo test test-oldest lint gpu mutants faults cifar-pair r8 bench image-check clean help
 
 help:
 	@sed -n '3,12p' Makefile | sed 's/^# *//'
 
 # torch and torchvision are installed together and first: installed apart they need not fit each other.
-$(STAMP): pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	@echo "== installing into $(VENV) (once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -83,6 +85,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/fetch.py cifar10 r8 imdb minilm
 	$(BIN)/python benchmarks/bench.py --peers
 	$(BIN)/python benchmarks/bench.py $(ROWS)
+
+image-check:
+	docker/check.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
