@@ -114,6 +114,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
         text = f"measures what one process takes, and {ranks.size} were started."
         raise UsageError(Problem("--dry-run", text, "Start it without a launcher."))
     begun = begun or begin(job)
+    recipe = begun.settled(recipe)
+    job = replace(job, recipe=recipe)
     agree(job, begun)
     recorded = _recorded(job, begun.facts)
     if ranks.size > 1 and not begun.objective.per_item:
