@@ -413,7 +413,8 @@ class _Term(nn.Module):
         if what == "mask":
             tokens = student.features[self.layers["student"][number]]
             return batch.student.get("attention_mask", tokens.new_ones(tokens.shape[:2]))
-        side, kind = what.split(".")
+        kind = what.partition(".")[2]
+        side: Literal["student", "teacher"] = "student" if what.startswith("student") else "teacher"
         given = student if side == "student" else teacher
         if teacher is not None and teacher.sparse is not None and what == "teacher.logits":
             return teacher.sparse

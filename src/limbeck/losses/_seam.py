@@ -232,7 +232,9 @@ class LossEntry:
         if self.layers is None:
             return found
         several = {
-            name: replace(p, annotation=_Several, allowed=f"{p.allowed}, or a list of them, pair by pair")
+            name: replace(
+                p, annotation=_Several, allowed=f"{p.allowed}, or a list of them, pair by pair; the loss is then the {self.layers}"
+            )
             for name, p in found.items()
             if p.layer is not None
         }
