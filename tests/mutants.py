@@ -141,6 +141,31 @@ MUTANTS = (
         LOSSES,
     ),
     Mutant(
+        "layers-are-always-summed",
+        "objective.py",
+        'summed / len(each) if self.entry.layers == "mean" else summed',
+        "summed",
+        LOSSES,
+    ),
+    Mutant("attention-of-padding", "losses/transformers.py", ".square().mean(1).masked_fill(~pairs, 0.0)", ".square().mean(1)", LOSSES),
+    Mutant(
+        "keys-for-queries",
+        "models/_capture.py",
+        "torch.cat([said[i] for i in range(count)], -1)",
+        "torch.cat([said[i] for i in (1, 0, 2)], -1)",
+        ("unit/test_layers.py",),
+    ),
+    Mutant(
+        "stages-from-the-first",
+        "models/_pairing.py",
+        "each[-min(map(len, stages)) :]",
+        "each[: min(map(len, stages))]",
+        ("unit/test_layers.py",),
+    ),
+    Mutant(
+        "a-resume-pairs-anew", "_folder.py", '"teacher": teacher, "objective": objective}', '"teacher": teacher}', ("e2e/test_losses.py",)
+    ),
+    Mutant(
         "nkd-at-one-temperature",
         "losses/targets.py",
         "log_softmax(teacher, 1.0).gather",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from limbeck.cache import TableTeacher
 from limbeck.data import Data, load_data
 from limbeck.engine import check_precision, choose_device
 from limbeck.errors import Problem, UsageError
-from limbeck.models import Model, build_model, class_map, sources, validate_paths, which_blocks
-from limbeck.objective import Objective, StagedObjective, needs_of
+from limbeck.losses import AUTO
+from limbeck.models import Model, build_model, class_map, pair_layers, sources, validate_paths, which_blocks
+from limbeck.objective import Objective, StagedObjective, needs_of, with_pairs
 from limbeck.placement import Seat, check_seat, seat_of
 from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
@@ -108,7 +109,8 @@ class Begun:
     """A job of which everything that can be wrong has been looked at, and nothing been written. known: the teacher; model: where it is loaded;
     table: where it is a file of logits; columns: its output for each class of the data; answers: its cache, None where it is asked in every step;
     found: whose cache that is; cached: whether answers are kept, and why; whole: they are only read where every one is there; there: its
-    directories where some answers are, and are not read; seat: where the teacher is asked, None where there is none to ask."""
+    directories where some answers are, and are not read; seat: where the teacher is asked, None where there is none to ask; pairs: the layers
+    (student's, teacher's) that ``layers: auto`` stands for."""
 
     device: torch.device
     student: Model
@@ -127,11 +129,16 @@ class Begun:
     whole: bool = False
     there: dict[str, Path] = field(default_factory=dict)
     seat: Seat | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
 
     @property
     def teacher_device(self) -> torch.device:
         """Where this process asks the teacher."""
         return self.device if self.seat is None else self.seat.device
+
+    def settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with the pairs of layers in place of ``layers: auto``."""
+        return _settled(recipe, self.pairs) if self.pairs else recipe
 
 
 def begin(job: Job, *, label: bool = False) -> Begun:
@@ -146,8 +153,20 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     device = choose_device(recipe.train.device)
     check_precision(recipe.train.precision, device)
     student = job.build_student(recipe.seed)
+    pairs: tuple[tuple[str, str], ...] = ()
+    early: tuple[Model, np.ndarray[Any, Any] | None, bool] | None = None
+    if AUTO in needs_of(recipe.terms)[1].features and job.build_teacher is not None:  # whose answers depend on the layers
+        early = teacher_of(job, job.build_teacher)
+        pairs = tuple(pair_layers(student, early[0]))
+        recipe = _settled(recipe, pairs)
+        job = replace(job, recipe=recipe)
     parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=has_batch_statistics(student), ranks=job.ranks)
-    begun = Begun(device, student, parts, None, [], {})  # type: ignore[arg-type]
+    begun = Begun(device, student, parts, None, [], {}, pairs=pairs)  # type: ignore[arg-type]
+    if pairs:
+        named = ", ".join(f"{ours} with {theirs}" for ours, theirs in pairs)
+        begun.notes.append(
+            f"layers: auto compares layers of student and teacher: {named}. To choose others, give lists as student and teacher."
+        )
     told: Sources | None = None
     if recipe.teacher is not None and recipe.teacher.model.startswith("logits:"):
         begun.table = _table(recipe, data, parts, device)
@@ -189,7 +208,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         if begun.known is not None:
             begun.columns = class_map(begun.known, data)
         else:
-            begun.model, begun.columns, begun.to_train = teacher_of(job, job.build_teacher)
+            begun.model, begun.columns, begun.to_train = early or teacher_of(job, job.build_teacher)
             begun.known = known_of(begun.model)
         parts.teacher = begun.known.preprocessing
     _check_models(recipe, student, begun.model, to_train=begun.to_train)
@@ -220,6 +239,18 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         "seeds": job.seeds,
     }
     return begun
+
+
+def _settled(recipe: Recipe, pairs: Sequence[tuple[str, str]]) -> Recipe:
+    """The recipe, in whose stages too ``layers: auto`` is these pairs."""
+    stages = recipe.train.stages
+    if stages is not None:
+        stages = [
+            stage if stage.objective is None else stage.model_copy(update={"objective": with_pairs(stage.objective, pairs)})
+            for stage in stages
+        ]
+    train = recipe.train.model_copy(update={"stages": stages})
+    return recipe.model_copy(update={"objective": with_pairs(recipe.objective, pairs), "train": train})
 
 
 def agree(job: Job, begun: Begun) -> None:

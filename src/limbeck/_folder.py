@@ -13,9 +13,10 @@ from typing import Any
 
 from limbeck import checkpoint
 from limbeck.errors import Interrupted, Problem, UsageError
+from limbeck.losses import AUTO
 from limbeck.ranks import ALONE, Ranks
 from limbeck.reading import absolute, differences, recipe_from_yaml
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, Term
 from limbeck.run import discard, disk_errors, is_left_over, read_json, sweep
 
 __all__ = [
@@ -158,7 +159,29 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
                 **({"placement": recorded.teacher.placement} if teacher.placement == "auto" else {}),
             }
         )
-    return recipe.model_copy(update={"train": train, "teacher": teacher})
+    if train.stages is not None and recorded.train.stages is not None and len(train.stages) == len(recorded.train.stages):
+        stages = [
+            ours.model_copy(update={"objective": _pairs_from(ours.objective, theirs.objective)})
+            for ours, theirs in zip(train.stages, recorded.train.stages, strict=True)
+        ]
+        train = train.model_copy(update={"stages": stages})
+    objective = _pairs_from(recipe.objective, recorded.objective)
+    return recipe.model_copy(update={"train": train, "teacher": teacher, "objective": objective})
+
+
+def _pairs_from(terms: list[Term] | None, recorded: list[Term] | None) -> list[Term] | None:
+    """The terms, with the recorded layers in place of ``layers: auto``."""
+    if terms is None or recorded is None or len(terms) != len(recorded):
+        return terms
+    found = []
+    for term, before in zip(terms, recorded, strict=True):
+        values, kept = dict(term.model_extra or {}), before.model_extra or {}
+        if values.get("layers") == AUTO and term.loss == before.loss and "layers" not in kept:
+            del values["layers"]
+            layers = {side: kept[side] for side in ("student", "teacher") if side in kept}
+            term = Term.model_validate({"loss": term.loss, "weight": term.weight, **values, **layers})
+        found.append(term)
+    return found
 
 
 _TAPS = 2.0  # seconds within which signals are one request: a person taps twice, a launcher and its process group both pass it on

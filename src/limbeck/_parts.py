@@ -296,6 +296,11 @@ class Parts:
         for shapes, wanted, terms in zip(self.shapes_student, staged, self.recipe.objectives, strict=True):
             told = [self.shapes_teacher[path] for path in needs_of(terms)[1].features if path in self.shapes_teacher]
             self._check_tokens([*shapes.values(), *told], wanted)
+        tokens = next((s[1] for shapes in self.shapes_student for s in shapes.values() if len(s) == 3), None)
+        if tokens is not None and isinstance(
+            self.teacher, TextPreprocessing
+        ):  # kept answers say how many there can be, not how many there were
+            self.shapes_teacher = {p: (s[0], tokens, *s[2:]) if len(s) == 3 else s for p, s in self.shapes_teacher.items()}
 
     def _check_tokens(self, shapes: Sequence[tuple[int, ...]], wanted: Preprocessing) -> None:
         tokens = any(len(shape) == 3 for shape in shapes)

@@ -14,6 +14,7 @@ from limbeck._folder import finished, matches, same_run
 from limbeck._vary import Combination
 from limbeck.data import Data, load_data
 from limbeck.errors import Problem, UsageError, listed
+from limbeck.losses import AUTO
 from limbeck.models import validate_paths
 from limbeck.objective import needs_of
 from limbeck.ranks import ALONE, Ranks
@@ -230,7 +231,8 @@ def _begun(most: Combination, group: list[Combination], lending: Lending, found:
 
 def _student(job: Job) -> None:
     """Its layers, of those that the objective reads."""
-    validate_paths(job.build_student(job.recipe.seed).module, needs_of(job.recipe.terms)[0].features, "objective (student layer)")
+    named = [path for path in needs_of(job.recipe.terms)[0].features if path != AUTO]
+    validate_paths(job.build_student(job.recipe.seed).module, named, "objective (student layer)")
 
 
 def _teacher(job: Job) -> None:
@@ -238,12 +240,13 @@ def _teacher(job: Job) -> None:
     spec = job.recipe.teacher
     if job.build_teacher is not None and spec is not None and not spec.model.startswith("logits:"):
         model, _, _ = teacher_of(job, job.build_teacher)
-        validate_paths(model.module, needs_of(job.recipe.terms)[1].features, "objective (teacher layer)")
+        named = [path for path in needs_of(job.recipe.terms)[1].features if path != AUTO]
+        validate_paths(model.module, named, "objective (teacher layer)")
 
 
 def _own(point: Combination, lending: Lending, begun: Begun) -> None:
     """What a combination has of its own, where the models are those of ``begun``: the numbers of its objective, and a run that was begun."""
-    recipe, parts = lending.recipe(point), begun.parts
+    recipe, parts = begun.settled(lending.recipe(point)), begun.parts
     before, parts.recipe = parts.recipe, recipe
     try:
         parts.objective(recipe.seed)

@@ -49,6 +49,7 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
     """:func:`label` of a job."""
     started = time.perf_counter()
     begun = begin(job, label=True)
+    job = replace(job, recipe=begun.settled(job.recipe))
     agree(job, begun)
     if begun.to_train:
         text = "has to be trained on this data first, which `limbeck distill` does."

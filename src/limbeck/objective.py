@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed, nearest
-from limbeck.losses import LOSSES, LossEntry, Parameter, raised, shaped
+from limbeck.losses import AUTO, LOSSES, LossEntry, Parameter, raised, shaped
 from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
 
-__all__ = ["Objective", "Rows", "Selection", "StagedObjective", "check_terms", "needs_of", "value_at"]
+__all__ = ["Objective", "Rows", "Selection", "StagedObjective", "check_terms", "needs_of", "value_at", "with_pairs"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of captured features by module path, batch first."""
@@ -102,16 +102,36 @@ def check_terms(terms: Sequence[Term]) -> list[Problem]:
 def needs_of(terms: Sequence[Term]) -> tuple[Needs, Needs]:
     """What the terms ask of the student and of the teacher (``Needs(logits=False)`` of a teacher that nobody asks).
 
-    The student's logits are always asked for. Paths come in the order of the terms, without repeats. Terms must pass :func:`check_terms`.
+    The student's logits are always asked for. Paths come in the order of the terms, without repeats; ``auto`` stands for those of a term whose
+    pairs are not found yet (:func:`with_pairs`). Terms must pass :func:`check_terms`.
     """
     paths: dict[str, dict[str, None]] = {"student": {}, "teacher": {}}
     logits = False
     for term in terms:
         entry = LOSSES[term.loss]
         logits = logits or "teacher.logits" in entry.reads
-        for side, path in _layers(entry, term).items():
-            paths[side][path] = None
+        for side, each in entry.paths(term.model_extra or {}).items():
+            paths[side] |= dict.fromkeys(each)
     return Needs(features=tuple(paths["student"])), Needs(logits=logits, features=tuple(paths["teacher"]))
+
+
+def with_pairs(terms: Sequence[Term], pairs: Sequence[tuple[str, str]]) -> list[Term]:
+    """The terms, with these pairs of layers (student's, teacher's) in place of ``layers: auto``.
+
+    >>> with_pairs([Term(loss="patient", layers="auto")], [("a", "c"), ("b", "d")])
+    [Term(loss='patient', weight=1.0, student='a', teacher='c')]
+    """
+    found = []
+    for term in terms:
+        values = dict(term.model_extra or {})
+        if values.get("layers") == AUTO:
+            del values["layers"]
+            chosen = pairs[:-1] if LOSSES[term.loss].but_last and len(pairs) > 1 else pairs
+            for side, each in zip(("student", "teacher"), zip(*chosen, strict=True), strict=True):
+                values[side] = each[0] if len(each) == 1 else list(each)
+            term = Term.model_validate({"loss": term.loss, "weight": term.weight, **values})
+        found.append(term)
+    return found
 
 
 class Objective(nn.Module):
@@ -273,31 +293,46 @@ class _Term(nn.Module):
         super().__init__()
         self.name, self.term = name, term
         self.entry = LOSSES[term.loss]
-        self.layers = _layers(self.entry, term)
+        self.layers = self.entry.paths(term.model_extra or {})
         self.of_labels = "labels" in self.entry.reads
         self.of_logits = "student.logits" in self.entry.reads
         self._compares = self.of_logits and "teacher.logits" in self.entry.reads
         shapes: Mapping[str, Shapes] = {"student": shapes_student, "teacher": shapes_teacher}
         missing = [
             Problem(side, f"no shape is known for layer '{p}'.", nearest(p, shapes[side]))
-            for side, p in self.layers.items()
+            for side, each in self.layers.items()
+            for p in each
             if p not in shapes[side]
         ]
         if missing:
             raise UsageError(missing)
-        feature = [shapes[side][p] for side, p in self.layers.items()]
-        self.tokens = not self.entry.sequences and any(len(s) == 3 for s in feature)
+        pairs: list[dict[Literal["student", "teacher"], str]] = [
+            dict(zip(self.layers, each, strict=True)) for each in zip(*self.layers.values(), strict=True)
+        ]
+        features = [[shapes[side][p] for side, p in pair.items()] for pair in pairs]
+        by_token = {not self.entry.sequences and any(len(s) == 3 for s in feature) for feature in features}
+        if len(by_token) > 1:
+            gives = "; ".join(_gives(pair, shapes) for pair in pairs)
+            text = f"some of these are by token, and all pairs of a term must count the same items: {gives}."
+            raise UsageError(Problem("student", text, "Give two terms."))
+        self.tokens = any(by_token)
+        named = {p.name: p.layer.side for p in self.entry.parameters.values() if p.layer is not None}
+        plain = {key: value for key, value in values.items() if key not in named and key != "layers"}
+        self.values: dict[str, Any] = {}
         if self.entry.learned:
-            self.loss: Any = self.entry.function(*feature, **values)
-            self.values: dict[str, Any] = {}
+            each = [
+                self.entry.function(*feature, **{name: pair[side] for name, side in named.items()}, **plain)
+                for pair, feature in zip(pairs or [{}], features or [[]], strict=True)
+            ]
+            self.loss: Any = each[0] if len(each) == 1 else nn.ModuleList(each)
         else:
-            if self.entry.fits is not None:
-                advice = self.entry.fits(*feature)
+            known = {p.name: p.default for p in self.entry.parameters.values()} | plain
+            for pair, feature in zip(pairs, features, strict=True):
+                advice = "" if self.entry.fits is None else self.entry.fits(feature[0], feature[1], known)
                 if advice:
-                    gives = ", ".join(f"layer '{p}' of the {side} gives {shaped(shapes[side][p])}" for side, p in self.layers.items())
-                    raise UsageError(Problem("student", f"{term.loss} cannot compare these: {gives}.", advice))
-            paths = {p.name for p in self.entry.parameters.values() if p.layer is not None}  # for the capture, not for the function
-            self.loss, self.values = self.entry.function, {key: value for key, value in values.items() if key not in paths}
+                    raise UsageError(Problem("student", f"{term.loss} cannot compare these: {_gives(pair, shapes)}.", advice))
+            self.loss, self.values = self.entry.function, plain
+        self.pairs = max(len(pairs), 1)
         self._schedules = {key: value for key, value in self.values.items() if isinstance(value, Schedule)}
 
     @property
@@ -330,13 +365,30 @@ class _Term(nn.Module):
         rows: tuple[Tensor, ...] | None,
         gather: Gather | None = None,
     ) -> Tensor:
-        """(N,) values of the selected items."""
+        """(N,) values of the selected items: of several pairs of layers their mean or their sum, as was published."""
+        now = {key: value_at(schedule, progress) for key, schedule in self._schedules.items()}
+        each = [self._of_pair(number, {**self.values, **now}, student, teacher, batch, rows, gather) for number in range(self.pairs)]
+        if len(each) == 1:
+            return each[0]
+        summed = torch.stack(each).sum(0)
+        return summed / len(each) if self.entry.layers == "mean" else summed
+
+    def _of_pair(
+        self,
+        number: int,
+        values: dict[str, Any],
+        student: Outputs,
+        teacher: Signal | None,
+        batch: Batch,
+        rows: tuple[Tensor, ...] | None,
+        gather: Gather | None,
+    ) -> Tensor:
         by_token = self.tokens and "attention_mask" in batch.student
         items = batch.student["attention_mask"].shape if by_token else batch.mask.shape
-        tensors = [self._tensor(what, student, teacher, batch) for what in self.entry.reads]
+        tensors = [self._tensor(what, number, student, teacher, batch) for what in self.entry.reads]
         for what, x in zip(self.entry.reads, tensors, strict=True):
             if x.shape[: len(items)] != items:
-                raise UsageError(_misfit(self.name, what, self.layers, x, items))
+                raise UsageError(_misfit(self.name, what, {side: each[number] for side, each in self.layers.items()}, x, items))
         if self._compares and tensors[0].shape != tensors[1].shape:
             raise UsageError(Problem(self.name, f"the student has {tensors[0].shape[-1]} classes and the teacher {tensors[1].shape[-1]}."))
         if rows is not None:
@@ -348,29 +400,32 @@ class _Term(nn.Module):
             tensors, own = gather(tensors)
         if not len(tensors[0]):
             return raised(tensors[0]).flatten(1).sum(1)
-        loss: Any = self.loss if isinstance(tensors[-1], Tensor) else self.entry.sparse
-        now = {key: value_at(schedule, progress) for key, schedule in self._schedules.items()}
-        values: Tensor = loss(*tensors, **{**self.values, **now})
-        return values[own]
+        loss: Any = self.loss[number] if isinstance(self.loss, nn.ModuleList) else self.loss
+        if not isinstance(tensors[-1], Tensor):
+            loss = self.entry.sparse
+        found: Tensor = loss(*tensors, **values)
+        return found[own]
 
-    def _tensor(self, what: str, student: Outputs, teacher: Signal | None, batch: Batch) -> Any:
+    def _tensor(self, what: str, number: int, student: Outputs, teacher: Signal | None, batch: Batch) -> Any:
         """A tensor, or :class:`SparseLogits`, which is indexed like one; that the loss can use it was judged when the recipe was read."""
         if what == "labels":
             return batch.labels
-        side, kind = what.split(".")
+        if what == "mask":
+            tokens = student.features[self.layers["student"][number]]
+            return batch.student.get("attention_mask", tokens.new_ones(tokens.shape[:2]))
+        kind = what.partition(".")[2]
+        side: Literal["student", "teacher"] = "student" if what.startswith("student") else "teacher"
         given = student if side == "student" else teacher
         if teacher is not None and teacher.sparse is not None and what == "teacher.logits":
             return teacher.sparse
-        found = None if given is None else given.logits if kind == "logits" else given.features[self.layers[side]]
+        found = None if given is None else given.logits if kind == "logits" else given.features[self.layers[side][number]]
         if found is None:
             raise ValueError(f"{self.name} reads {what}, which was not given")
         return found
 
 
-def _layers(entry: LossEntry, term: Term) -> dict[str, str]:
-    """The paths that a term reads, by side."""
-    values = term.model_extra or {}
-    return {p.layer.side: values[p.name] for p in entry.parameters.values() if p.layer is not None}
+def _gives(pair: Mapping[Literal["student", "teacher"], str], shapes: Mapping[str, Shapes]) -> str:
+    return ", ".join(f"layer '{p}' of the {side} gives {shaped(shapes[side][p])}" for side, p in pair.items())
 
 
 def _misfit(name: str, what: str, layers: Mapping[str, str], x: Tensor, wanted: tuple[int, ...]) -> Problem:
@@ -416,10 +471,28 @@ def _read_parameters(term: Term) -> tuple[dict[str, Any], list[Problem]]:
                 values[key] = parameter.read(value)
             except ValueError as error:
                 problems.append(Problem(key, str(error)))
+    auto = (term.model_extra or {}).get("layers") == AUTO and "layers" in entry.parameters
     for name, parameter in entry.parameters.items():
-        if parameter.required and name not in (term.model_extra or {}):
+        given = name in (term.model_extra or {})
+        if auto and given and parameter.layer is not None:
+            problems.append(Problem(name, "is chosen by layers: auto, and given too.", "Leave one of the two out."))
+        elif parameter.required and not given and not (auto and parameter.layer is not None):
             problems.append(Problem(name, f"'{term.loss}' needs it: {parameter.allowed}."))
-    return values, problems
+    return values, problems or _unpaired(entry, values)
+
+
+def _unpaired(entry: LossEntry, values: Mapping[str, Any]) -> list[Problem]:
+    """Lists of layers of student and teacher that are not of one length."""
+    counts = {
+        p.name: 1 if isinstance(values[p.name], str) else len(values[p.name])
+        for p in entry.parameters.values()
+        if p.layer is not None and p.name in values
+    }
+    if len(set(counts.values())) < 2:
+        return []
+    (first, ours), (second, theirs) = counts.items()
+    text = f"has {theirs} layer{'s' * (theirs != 1)}, and {first} has {ours}; they are compared pair by pair, in order."
+    return [Problem(second, text, "Give as many of both, or layers: auto.")]
 
 
 def _read_schedule(parameter: Parameter, value: Mapping[str, Any] | Schedule) -> tuple[Schedule | None, list[Problem]]:

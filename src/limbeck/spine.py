@@ -115,6 +115,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
         text = f"measures what one process takes, and {ranks.size} were started."
         raise UsageError(Problem("--dry-run", text, "Start it without a launcher."))
     begun = begun or begin(replace(job, plan=dry_run))
+    recipe = begun.settled(recipe)
+    job = replace(job, recipe=recipe)
     agree(job, begun)
     recorded = _recorded(job, begun.facts)
     if ranks.size - ranks.teachers > 1 and not begun.objective.per_item:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "QKV",
     "UNLABELLED",
     "Batch",
     "ImagePreprocessing",
@@ -25,6 +26,9 @@ __all__ = [
     "TensorPreprocessing",
     "TextPreprocessing",
 ]
+
+QKV = "q,k,v"
+"""What of a transformer's layer may be read in place of its output: queries, keys and values side by side, (B, T, 3 D)."""
 
 UNLABELLED = -1
 """The label of a sample that has none: it counts for ``kd`` and not for ``cross_entropy``."""

@@ -460,6 +460,12 @@ RICH_TEXT = [
     {"loss": "cross_entropy", "weight": 0.3},
     {"loss": "hint", "weight": 0.1, "student": "bert.encoder.layer.0", "teacher": "bert.encoder.layer.1"},
 ]
+SEVERAL = [
+    *RICH_TEXT[:2],
+    {"loss": "hint", "student": ["bert.embeddings", "bert.encoder.layer.0"], "teacher": ["bert.embeddings", "bert.encoder.layer.1"]},
+    {"loss": "minilm_v2", "student": "bert.encoder.layer.0", "teacher": "bert.encoder.layer.1", "heads": 4},
+    {"loss": "tinybert_attention", "layers": "auto", "heads": 2},
+]
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "images": ("run", {}),
     "images, accumulated": ("run", {"train": {"accumulate": 3}}),
@@ -469,6 +475,7 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "texts in buckets": ("text", {"train": {"batch_size": 5}}),
     "texts in buckets, accumulated": ("text", {"train": {"batch_size": 6, "accumulate": 2}}),
     "layers by token": ("text", {"train": {"batch_size": 5}, "objective": RICH_TEXT}),
+    "several layers and attention": ("text", {"train": {"batch_size": 6, "accumulate": 2}, "objective": SEVERAL}),
 }
 
 

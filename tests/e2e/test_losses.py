@@ -9,27 +9,44 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import limbeck
+from limbeck.errors import UsageError
 from limbeck.losses import LOSSES
 
 
+class Look(nn.Module):
+    """Attention of one head over the places of a map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, 2 * width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+
 class Net(nn.Module):
-    """Maps, a vector of a width of its own, and one of a common width."""
+    """Maps, attention over them, a vector of a width of its own, and one of a common width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.maps = nn.Conv2d(1, width, 3, padding=1)
-        self.vector = nn.Linear(width * 16, 2 * width)
+        self.look = Look(width)
+        self.vector = nn.Linear(width * 32, 2 * width)
         self.even = nn.Linear(2 * width, 6)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.even(self.vector(self.maps(x).relu().flatten(1)).relu()).relu())
+        return self.head(self.even(self.vector(self.look(self.maps(x).relu()).flatten(1)).relu()).relu())
 
 
 LAYER = {"attention_transfer": "maps", "nst": "maps", "vid": "maps", "ofd": "maps", "hint": "maps", "patient": "even"}
+LAYER |= {entry.name: "look" for entry in LOSSES.values() if entry.part}
+FEW = {"heads": 2}
 
 
 def terms() -> list[dict[str, Any]]:
@@ -37,7 +54,8 @@ def terms() -> list[dict[str, Any]]:
     for entry in LOSSES.values():
         layers = {"student": LAYER.get(entry.name, "vector"), "teacher": LAYER.get(entry.name, "vector")}
         paths = {k: v for k, v in layers.items() if k in entry.parameters}
-        found.append({"loss": entry.name, "weight": entry.weight, **entry.example, **paths})
+        few = {k: v for k, v in FEW.items() if k in entry.parameters}
+        found.append({"loss": entry.name, "weight": entry.weight, **entry.example, **few, **paths})
     return found
 
 
@@ -57,3 +75,40 @@ def test_every_loss_trains(mode: str, tmp_path: Path) -> None:
     for parts in steps:
         assert set(parts) == set(LOSSES)
         assert all(math.isfinite(part["loss"] if isinstance(part, dict) else part) for part in parts.values())
+
+
+class Stages(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, width, 3, stride=2, padding=1), nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x).relu()).relu().flatten(1))
+
+
+def test_paired_layers_are_recorded_and_a_resume_takes_them(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 1, 4, 4, generator=g), torch.randint(0, 3, (24,), generator=g)
+    pairs = ["first", "second"]
+    auto = [{"loss": "cross_entropy"}, {"loss": "attention_transfer", "weight": 10.0, "layers": "auto", "p": 1}]
+    named = [auto[0], {"loss": "attention_transfer", "weight": 10.0, "p": 1, "student": pairs, "teacher": pairs}]
+
+    def run(out: str, objective: list[dict[str, Any]], **more: Any) -> Any:
+        torch.manual_seed(1)
+        return limbeck.distill(
+            student=Stages(2), teacher=Stages(3), train=(x[:12], y[:12]), valid=(x[12:18], y[12:18]), test=(x[18:], y[18:]),
+            objective=objective, baseline=False, export=[], epochs=2, batch_size=6, teacher_cache={"mode": "off"}, out=tmp_path / out,
+            progress="none", precision="float32", **more,
+        )  # fmt: skip
+
+    run("auto", auto)
+    term = yaml.safe_load((tmp_path / "auto/recipe.yaml").read_text())["objective"][1]
+    assert (term["student"], term["teacher"], term["p"]) == (pairs, pairs, 1)
+    assert "layers" not in term
+    run("named", named)
+    assert (tmp_path / "auto/student/model.safetensors").read_bytes() == (tmp_path / "named/student/model.safetensors").read_bytes()
+    for objective in (auto, named):  # the run that is there, and not another one
+        run("auto", objective, resume=True)
+    with pytest.raises(UsageError, match=r"objective.1.p"):
+        run("auto", [auto[0], {**auto[1], "p": 2}], resume=True)

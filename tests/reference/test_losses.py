@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck.losses import LOSSES, minilm, minilm_v2, patient, tinybert_attention
+from limbeck.losses import LOSSES, minilm, minilm_v2, patient, tinybert_scores
 from limbeck.losses.maps import hcl, partial_l2
 from limbeck.objective import Objective
 from limbeck.recipe import Term
@@ -200,7 +200,7 @@ def run_tinybert(case: Case, given: Inputs) -> Made:
         return run_mean_over_classes(case, given)
     layers, teachers = (sum(k.startswith(f"{side}_att") for k in given) for side in ("student", "teacher"))
     step = teachers // layers
-    parts = [tinybert_attention(given[f"student_att.{i}"], given[f"teacher_att.{(i + 1) * step - 1}"]).mean() for i in range(layers)]
+    parts = [tinybert_scores(given[f"student_att.{i}"], given[f"teacher_att.{(i + 1) * step - 1}"]).mean() for i in range(layers)]
     projection = {k: x.requires_grad_() for k, x in given.items() if k.startswith("fit_dense")}
     for i in range(layers + 1 if projection else 0):
         student = torch.nn.functional.linear(given[f"student_hidden.{i}"], projection["fit_dense.weight"], projection["fit_dense.bias"])
@@ -214,15 +214,19 @@ def run_mean_over_classes(case: Case, given: Inputs) -> Made:
 
 
 def run_minilm(case: Case, given: Inputs) -> Made:
-    student, teacher = ([given[f"{side}_{x}"] for x in "qkv"] for side in ("student", "teacher"))
+    def packed(side: str) -> Tensor:
+        each = [given[f"{side}_{x}"] for x in "qkv"]
+        return torch.cat([x.transpose(1, 2).flatten(2) if x.ndim == 4 else x for x in each], -1)
+
     mask = given["attention_mask"]
     if case["method"] == "minilm":
-        values = minilm(tuple(student), tuple(teacher), mask)
+        values = minilm(packed("student"), packed("teacher"), mask, heads=given["student_q"].shape[1])
     else:
-        values = minilm_v2(tuple(student), tuple(teacher), mask, relation_heads=case["params"]["relation_heads"])
+        values = minilm_v2(packed("student"), packed("teacher"), mask, heads=case["params"]["relation_heads"])
     if case["variant"].endswith("seqmean"):
-        return torch.stack([x.mean() for x in values.split((mask != 0).sum(1).tolist())]).mean(), {}
-    return values.mean(), {}
+        return values.mean(), {}
+    lengths = (mask != 0).sum(1)
+    return (values * lengths).sum() / lengths.sum(), {}
 
 
 def run_patient(case: Case, given: Inputs) -> Made:

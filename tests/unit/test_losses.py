@@ -48,16 +48,19 @@ from limbeck.losses import (
     rkl,
     similarity_preserving,
     soft_cross_entropy,
+    tinybert_attention,
     wsld,
 )
-from limbeck.losses.transformers import heads
+from limbeck.losses.transformers import split_heads, tinybert_scores
 from limbeck.objective import Objective, check_terms
 from limbeck.recipe import Term
 from limbeck.types import Batch, Outputs, Signal
 
 N, C = 8, 5
-FEATURES = {"vectors": ((6,), (4,)), "maps": ((3, 4, 4), (4, 2, 2)), "tokens": ((3, 6), (3, 4))}
-AGREEING = {"vectors": ((4,), (4,)), "maps": ((3, 4, 4), (3, 4, 4)), "tokens": ((3, 4), (3, 4))}
+FEATURES = {"vectors": ((6,), (4,)), "maps": ((3, 4, 4), (4, 2, 2)), "tokens": ((3, 6), (3, 4)), "projections": ((3, 24), (3, 12))}
+AGREEING = {"vectors": ((4,), (4,)), "maps": ((3, 4, 4), (3, 4, 4)), "tokens": ((3, 4), (3, 4)), "projections": ((3, 24), (3, 24))}
+EXAMPLE = {"heads": 2}
+"""In place of the heads of an example, for features as small as these."""
 
 
 class Kind(NamedTuple):
@@ -79,7 +82,7 @@ def shapes_of(entry: LossEntry, name: str, agreeing: bool = False) -> Any:
 def fit(entry: LossEntry, student: Any, teacher: Any) -> bool:
     """Whether the loss takes features of these shapes."""
     if not entry.learned:
-        return entry.fits is None or not entry.fits(student, teacher)
+        return entry.fits is None or not entry.fits(student, teacher, example(entry))
     try:
         entry.function(student, teacher, **entry.example)
     except UsageError:
@@ -87,11 +90,15 @@ def fit(entry: LossEntry, student: Any, teacher: Any) -> bool:
     return True
 
 
+def example(entry: LossEntry) -> dict[str, Any]:
+    return {**entry.example, **{k: v for k, v in EXAMPLE.items() if k in entry.example}}
+
+
 def kinds() -> list[Kind]:
     found: list[Kind] = []
     for entry in LOSSES.values():
         if any("features" in r for r in entry.reads):
-            names = [name for name in FEATURES if fit(entry, *shapes_of(entry, name))]
+            names = [n for n in FEATURES if (n == "projections") == bool(entry.part) and fit(entry, *shapes_of(entry, n))]
         elif "labels" in entry.reads:
             names = ["classes"] if entry.hard_labels else ["classes", "probabilities"]
         else:
@@ -114,6 +121,8 @@ def draw(kind: Kind, dtype: torch.dtype = torch.float64, agreeing: bool = False,
             if kind.inputs == "classes":
                 return torch.randint(C, (N,), generator=g)
             return torch.softmax(torch.randn(N, C, generator=g, dtype=torch.float64), -1).to(dtype)
+        if read == "mask":
+            return (torch.arange(3) < torch.randint(1, 4, (N, 1), generator=g)).long()
         shape = (N, C) if read.endswith("logits") else shapes_of(kind.entry, kind.inputs, agreeing)[read.startswith("teacher")]
         return 3 * torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
@@ -122,7 +131,7 @@ def draw(kind: Kind, dtype: torch.dtype = torch.float64, agreeing: bool = False,
 
 def loss_of(kind: Kind, tensors: list[Tensor], **changed: Any) -> Callable[..., Tensor]:
     """The loss with its example's parameters, built for these tensors where it is a module."""
-    values = {**kind.entry.example, **changed}
+    values = {**example(kind.entry), **changed}
     if not kind.entry.learned:
         paths = {p.name for p in kind.entry.parameters.values() if p.layer is not None}
         return lambda *x: kind.entry.function(*x, **{k: v for k, v in values.items() if k not in paths})
@@ -136,8 +145,8 @@ def in_objective(
 ) -> tuple[Objective, Callable[[Batch, list[Tensor]], tuple[Outputs, Signal]]]:
     """An objective of this one loss, and how its outputs and signal are made from the tensors."""
     entry = kind.entry
-    term = Term.model_validate({"loss": entry.name, "weight": 0.5, **entry.example, **changed})
-    paths = {p.layer.side: entry.example[p.name] for p in entry.parameters.values() if p.layer is not None}
+    term = Term.model_validate({"loss": entry.name, "weight": 0.5, **example(entry), **changed})
+    paths = {side: each[0] for side, each in entry.paths(entry.example).items()}
     given = dict(zip(entry.reads, tensors, strict=True))
     shapes = {side: {path: tuple(given[f"{side}.features"].shape)} for side, path in paths.items()}  # type: ignore[index]
     objective = Objective.build(
@@ -160,7 +169,8 @@ def in_objective(
 
 def batch_for(kind: Kind, tensors: list[Tensor], mask: Tensor) -> Batch:
     labels = tensors[kind.entry.reads.index("labels")] if "labels" in kind.entry.reads else torch.full((len(mask),), -1)
-    return Batch(np.zeros((len(mask), 2), np.uint64), 0, {"x": torch.zeros(len(mask), 1)}, None, labels, mask)
+    inputs = {"attention_mask": tensors[2]} if "mask" in kind.entry.reads else {"x": torch.zeros(len(mask), 1)}
+    return Batch(np.zeros((len(mask), 2), np.uint64), 0, inputs, None, labels, mask)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------------------------
@@ -687,29 +697,76 @@ def test_a_loss_of_whole_sequences_counts_samples() -> None:
     torch.testing.assert_close(got, patient(s[mask], t[mask]).mean())
 
 
-@pytest.mark.parametrize("padding", [False, True])
-def test_relations_of_attention_do_not_see_padding(padding: bool) -> None:
-    g = torch.Generator().manual_seed(12)
-    student = [torch.randn(2, 4, 8, generator=g, dtype=torch.float64).requires_grad_() for _ in "qkv"]
-    teacher = [torch.randn(2, 4, 12, generator=g, dtype=torch.float64) for _ in "qkv"]
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    apart = [
-        minilm_v2(tuple(x[i : i + 1, :n] for x in student), tuple(x[i : i + 1, :n] for x in teacher), mask[i : i + 1, :n], relation_heads=4)
-        for i, n in ((0, 4), (1, 2))
-    ]
-    poison = [x.detach().clone().requires_grad_() for x in student]
-    if padding:
-        with torch.no_grad():
-            for x in (*poison, *teacher):
-                x[1, 2:] = 1e6
-    together = minilm_v2(tuple(poison), tuple(teacher), mask, relation_heads=4)
-    torch.testing.assert_close(together, torch.cat(apart))
-    split = [tuple(heads(x, 2) for x in side) for side in (poison, teacher)]
-    torch.testing.assert_close(minilm(*split, mask)[:4], minilm(*[tuple(x[:1] for x in side) for side in split], mask[:1]))
-    gradients = torch.autograd.grad(together.sum() + minilm(*split, mask * 0).sum() + minilm(*split, mask).sum(), poison)
-    assert all(torch.isfinite(x).all() for x in gradients)
+def by_hand(q: np.ndarray, k: np.ndarray, heads: int) -> np.ndarray:
+    """(heads, T, T) scores of one text."""
+    width = q.shape[-1] // heads
+    return np.stack([q[:, h * width :][:, :width] @ k[:, h * width :][:, :width].T / np.sqrt(width) for h in range(heads)])
+
+
+def test_losses_of_attention_are_loops_over_texts_and_heads() -> None:
+    rng = np.random.default_rng(12)
+    s, t, lengths = rng.normal(size=(N, 5, 36)), rng.normal(size=(N, 5, 24)), rng.integers(1, 6, size=N)
+    want: dict[str, list[float]] = {"tinybert": [], "v1": [], "v2": []}
+    for a, b, n in zip(s, t, lengths, strict=True):
+        (qs, ks, vs), (qt, kt, vt) = (np.split(x[:n], 3, axis=-1) for x in (a, b))
+
+        def apart(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], heads: int) -> float:
+            q, p = softmax(by_hand(*one, heads)), softmax(by_hand(*other, heads))
+            return float((p * np.log(p / q)).sum(-1).mean())
+
+        want["tinybert"].append(((by_hand(qs, ks, 4) - by_hand(qt, kt, 4)) ** 2).mean())
+        want["v1"].append(apart((qs, ks), (qt, kt), 4) + apart((vs, vs), (vt, vt), 4))
+        want["v2"].append(sum(apart((x, x), (y, y), 2) for x, y in ((qs, qt), (ks, kt), (vs, vt))))
+    mask = torch.tensor(np.arange(5) < lengths[:, None]).long()
+    given = torch.tensor(s), torch.tensor(t), mask
+    np.testing.assert_allclose(tinybert_attention(*given, heads=4), want["tinybert"], rtol=1e-11)
+    np.testing.assert_allclose(minilm(*given, heads=4), want["v1"], rtol=1e-11)
+    np.testing.assert_allclose(minilm_v2(*given, heads=2), want["v2"], rtol=1e-11)
+    # what stands at padding says nothing, and changes nothing
+    poison = [x.masked_fill(mask[:, :, None] == 0, 1e3).requires_grad_() for x in given[:2]]
+    for loss in (tinybert_attention, minilm, minilm_v2):
+        values = loss(*poison, mask, heads=2)
+        torch.testing.assert_close(values, loss(*given, heads=2))
+        (gradient,) = torch.autograd.grad(values.sum(), poison[0])
+        assert (gradient[mask == 0] == 0).all()
+        assert torch.isfinite(loss(*poison, mask * 0, heads=2)).all()
+    # without padding the authors' code is the paper's formula
+    ones = torch.ones(N, 5)
+    scores = [split_heads(q, 4) @ split_heads(k, 4).mT / (q.shape[-1] / 4) ** 0.5 for q, k, _ in (x.chunk(3, -1) for x in given[:2])]
+    torch.testing.assert_close(tinybert_attention(*given[:2], ones, heads=4), tinybert_scores(*scores))
     with pytest.raises(ValueError, match="5 heads"):
-        heads(poison[0], 5)
+        minilm(*given, heads=5)
+
+
+LAYERED = [e for e in LOSSES.values() if e.layers is not None]
+
+
+@pytest.mark.parametrize("entry", LAYERED, ids=lambda e: e.name)
+def test_several_pairs_of_layers_are_their_mean_or_sum(entry: LossEntry) -> None:
+    kind = next(k for k in KINDS if k.entry is entry)
+    given = [draw(kind, seed=i) for i in range(3)]
+    ends = f":{entry.part}" if entry.part else ""
+    names = {"student": ["a", "b", "c"], "teacher": ["x", "y", "x"]}
+    given[2][1] = given[0][1]  # a layer of the teacher for two of the student
+    shapes = {
+        f"shapes_{side}": {f"{n}{ends}": tuple(x[at].shape) for n, x in zip(names[side], given, strict=True)}
+        for at, side in enumerate(names)
+    }
+    term = Term.model_validate({"loss": entry.name, **example(entry), **names})
+    objective = Objective.build([term], classes=["k"], label_counts=[1], **shapes).double()  # type: ignore[arg-type]
+    student = {f"{n}{ends}": x[0].requires_grad_() for n, x in zip(names["student"], given, strict=True)}
+    teacher = {f"{n}{ends}": x[1] for n, x in zip(names["teacher"], given, strict=True)}
+    batch = batch_for(kind, given[0], torch.ones(N, dtype=torch.bool))
+    counts = objective.counts(batch)
+    loss, _ = objective(Outputs(torch.zeros(N, C, dtype=torch.float64), student), Signal(None, teacher), batch, progress=0.0, counts=counts)
+    learned = list(objective.terms[0].loss) if entry.learned else [loss_of(kind, given[0])] * 3  # type: ignore[arg-type]
+    parts = [one(x[0], x[1], *given[0][2:]).mean() for one, x in zip(learned, given, strict=True)]
+    assert len({round(float(p.detach()), 9) for p in parts}) == 3
+    want = torch.stack(parts).sum() / (3 if entry.layers == "mean" else 1)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-14)
+    got, wanted = (torch.autograd.grad(x, list(student.values())) for x in (loss, want))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def one(kind: Kind, corner: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -749,9 +806,10 @@ CORNERS_OF_FEATURES = (
 @pytest.mark.parametrize("kind", [k for k in KINDS if "student.features" in k.entry.reads], ids=str)
 def test_corners_of_features_are_finite_and_bounded(kind: Kind, corner: str) -> None:
     for dtype in (torch.float32, torch.float64):
-        student, teacher = one(kind, corner, draw(kind, dtype))
+        drawn = draw(kind, dtype)
+        student, teacher = one(kind, corner, drawn)
         loss = loss_of(kind, [student, teacher])
-        values = loss(student.requires_grad_(), teacher)
+        values = loss(student.requires_grad_(), teacher, *(x[: len(student)] for x in drawn[2:]))
         assert values.shape == (len(student),)
         assert torch.isfinite(values).all()
         given = [student, *(loss.parameters() if isinstance(loss, nn.Module) else [])]

@@ -150,6 +150,25 @@ READING = {
     "kd in train": recipe("student: a\ndata: digits\nobjective: [kd]\n", "objective.0.loss", "kd needs a teacher", command="train"),
     "a broken schedule": recipe(GOOD + "objective: [{loss: kd, weight: {start: 1, stop: 0}}]\n", "weight.stop", "weight.end"),
     "a hint without layers": recipe(GOOD + "objective: [{loss: hint}]\n", "objective.0", "student", "teacher"),
+    "lists of layers of two lengths": recipe(
+        GOOD + "objective: [{loss: hint, student: ['1', '3'], teacher: '1'}]\n", "objective.0.teacher", "has 1 layer, and student has 2"
+    ),
+    "several layers of a loss of one": recipe(
+        GOOD + "objective: [{loss: cka, student: ['1'], teacher: ['1']}]\n", "objective.0.student", "the path of a layer"
+    ),
+    "layers chosen and given": recipe(
+        GOOD + "objective: [{loss: hint, layers: auto, student: '1'}]\n", "objective.0.student", "Leave one of the two out."
+    ),
+    "layers in another word": recipe(GOOD + "objective: [{loss: hint, layers: all}]\n", "objective.0.layers", "auto, in place of"),
+    "layers: auto of a loss of one layer": recipe(
+        GOOD + "objective: [{loss: minilm, layers: auto, heads: 2}]\n", "objective.0.layers", "no parameter 'layers'"
+    ),
+    "layers: auto without a teacher": recipe(
+        "student: a\ndata: digits\nobjective: [cross_entropy, {loss: hint, layers: auto}]\n",
+        "objective.1.loss",
+        "needs a teacher",
+        command="train",
+    ),
     "temp beside an objective": recipe(GOOD + "objective: [kd]\n", "--temp", "objective", options=("--temp", "2")),
     # stages
     "a stage of dkd with blended labels": recipe(
@@ -289,6 +308,15 @@ SPINE = {
     ),
     "ranks for a teacher in a single process": recipe(
         PLACED.format("ranks:1"), "teacher.placement", "this is a single process", "torchrun --nproc-per-node 2"
+    ),
+    "no such layer in a list": recipe(
+        GOOD + "objective: [{loss: hint, student: ['1', '3'], teacher: ['1', nine]}]\n", "'nine' is not a layer of Sequential"
+    ),
+    "no attention in a layer": recipe(
+        GOOD + "objective: [{loss: minilm_v2, student: '1', teacher: '1'}]\n", "student layer", "'1' has no attention", "teacher layer"
+    ),
+    "nothing to pair": recipe(
+        GOOD + "objective: [{loss: hint, layers: auto}]\n", "layers: auto pairs", "the student is neither", "teacher: [...]"
     ),
     "no such layer": recipe(GOOD + "objective: [{loss: hint, student: '1', teacher: nine}]\n", "nine"),
 }

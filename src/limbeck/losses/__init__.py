@@ -5,7 +5,7 @@ To add a loss, write the function (or module) and its row in ``_table.py``: reci
 
 from __future__ import annotations
 
-from limbeck.losses._seam import Layer, LossEntry, Parameter, PerClass, Schedulable, raised, shaped
+from limbeck.losses._seam import AUTO, Layer, LossEntry, Parameter, PerClass, Schedulable, raised, shaped
 from limbeck.losses._table import LOSSES
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
 from limbeck.losses.features import Correlation, Cosine, Hint
@@ -13,9 +13,10 @@ from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Vid, attention_transfer, nst
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
-from limbeck.losses.transformers import minilm, minilm_v2, patient, tinybert_attention
+from limbeck.losses.transformers import minilm, minilm_v2, patient, tinybert_attention, tinybert_scores
 
 __all__ = [
+    "AUTO",
     "LOSSES",
     "Correlation",
     "Cosine",
@@ -54,5 +55,6 @@ __all__ = [
     "similarity_preserving",
     "soft_cross_entropy",
     "tinybert_attention",
+    "tinybert_scores",
     "wsld",
 ]

@@ -23,6 +23,18 @@ Each loss is the published one. `tests/reference` holds values and gradients to 
 are such numbers; `tests/unit/test_losses.py` holds the formula, in NumPy. Where libraries use one name for several losses, the text says which this
 is. `limbeck losses NAME` prints a part of this page. When a loss helps is what its paper says; it was not measured here yet.
 
+A loss whose `student` and `teacher` may be lists compares the layers pair by pair, in order, and each pair has a projection of its own. Whether the
+loss is then the sum or the mean over pairs stands with the parameter, and is what was published: the sum for `hint` (the hidden states of TinyBERT),
+`attention_transfer`, `similarity_preserving`, `nst`, `vid` and `tinybert_attention`, the mean for `patient`. For `cosine` nothing is published; it is
+the mean. `layers: auto` in place of both chooses the pairs when the models are known, prints them, and writes them into the run's recipe: for two
+transformers every layer of the shallower one with evenly spaced ones of the deeper (layer i of 4 with layer 3i of 12), without the last pair for
+`patient`; for two convolutional networks the last layer of each stage, that is of each size of maps, counted from the last.
+
+Losses of attention (`tinybert_attention`, `minilm`, `minilm_v2`) read the queries, keys and values inside a layer, from the linear layers that make
+them, and compute the attention again, so fused attention stays on. Known are the encoders of Transformers with `query`, `key`, `value` (BERT,
+RoBERTa, ELECTRA), `q_lin` (DistilBERT) or `q_proj` (ViT, DeiT), and timm's `qkv`. Attention that is more than the softmax of `Q K' / sqrt(d)` of
+these is refused: rotary or relative positions, normalised queries, keys shared between heads, causal attention; and so is `nn.MultiheadAttention`.
+
 The cost is the work beside the models' own, in N items, C classes, D numbers a feature. A loss that needs several samples at once is taken over the
 microbatch that it is given, so `accumulate` changes it; all others do not depend on how a step is cut. Weights are the authors', or
 RepDistiller's for a loss that it has, beside `cross_entropy` at weight 1; where there is none, 1.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from limbeck.errors import nearest
 
 __all__ = [
+    "AUTO",
     "Layer",
     "LossEntry",
     "Parameter",
@@ -35,13 +37,19 @@ __all__ = [
     "shaped",
 ]
 
-Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels"]
-"""A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats."""
+Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels", "mask"]
+"""A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats. Mask: (N, T),
+0 at padding, beside features by token."""
 
 Shape = tuple[int, ...]
 """Of a captured feature, batch first."""
 
 Path = Field(min_length=1, description="the path of a layer, such as layer3 or encoder.layer.5")
+
+AUTO = "auto"
+"""In place of the paths of layers: pairs that are found when the models are known."""
+
+_Several = Annotated[str, Path] | Annotated[list[Annotated[str, Path]], Field(min_length=1)]
 
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -152,8 +160,10 @@ class LossEntry:
     constant keeps it there. below_zero: whether its values may be negative, as those of a likelihood. shift_invariant: a constant added
     to all logits of an item changes nothing. hard_labels: each label must be one class, so that labels blended by mixup are refused.
     sparse: the same loss on sparse teacher logits, an unbiased estimate of it at the temperature that they are of; None where such logits would
-    bias it. fits: (student_shape, teacher_shape) of the features, batch first -> what to do where the loss cannot compare them, "" where it
-    can; modules say so themselves. sequences: it takes features by token, (N, T, D), whole, and counts samples. weight: the
+    bias it. fits: (student_shape, teacher_shape, parameters) of the features, batch first -> what to do where the loss cannot compare them, ""
+    where it can; modules say so themselves. sequences: it takes features by token, (N, T, D), whole, and counts samples. layers: how the loss
+    was published for several pairs of layers, the mean or the sum of theirs; None where a term compares one pair. but_last: published without the
+    last pair. part: what of a layer it reads, where that is not its output (:data:`limbeck.types.QKV`). weight: the
     authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on
     what it compares, and one on when that helps. source: where it was published. cost: the work of one step beside the models' own, in N items,
     C classes, D features.
@@ -177,8 +187,11 @@ class LossEntry:
     near_zero: float = 0.0
     below_zero: bool = False
     hard_labels: bool = False
-    fits: Callable[[Shape, Shape], str] | None = None
+    fits: Callable[[Shape, Shape, Mapping[str, Any]], str] | None = None
     sequences: bool = False
+    layers: Literal["mean", "sum"] | None = None
+    but_last: bool = False
+    part: str = ""
 
     @property
     def learned(self) -> bool:
@@ -198,7 +211,8 @@ class LossEntry:
     @property
     def needs(self) -> str:
         """What a run must have for it, in words."""
-        layers = ["a layer of the student and of the teacher"] * ("student.features" in self.reads)
+        which = "a layer of a transformer" if self.part else "a layer"
+        layers = [f"{which} of the student and of the teacher"] * ("student.features" in self.reads)
         logits = ["the teacher's logits"] * ("teacher.logits" in self.reads)
         labels = ["one label a sample" if self.hard_labels else "labels"] * ("labels" in self.reads)
         batch = ["several samples at once"] * (not self.per_item)
@@ -211,12 +225,32 @@ class LossEntry:
         hints = get_type_hints(signed.__init__ if self.learned else signed, include_extras=True)
         keywords = [p for p in inspect.signature(self.function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
         own = {p.name: _parameter(p.name, hints[p.name], p.default) for p in keywords}
-        if self.learned or "student.features" not in self.reads:
-            return own
-        paths: dict[str, Parameter] = {
-            side: _parameter(side, Annotated[str, Path, Layer(side)], inspect.Parameter.empty) for side in _SIDES
+        paths: dict[str, Parameter] = {}
+        if not self.learned and "student.features" in self.reads:
+            paths = {side: _parameter(side, Annotated[str, Path, Layer(side)], inspect.Parameter.empty) for side in _SIDES}
+        found = {**paths, **own}
+        if self.layers is None:
+            return found
+        several = {
+            name: replace(
+                p, annotation=_Several, allowed=f"{p.allowed}, or a list of them, pair by pair; the loss is then the {self.layers}"
+            )
+            for name, p in found.items()
+            if p.layer is not None
         }
-        return {**paths, **own}
+        said = "auto, in place of student and teacher: the same stages of CNNs, evenly spaced layers of transformers"
+        auto = Parameter("layers", Literal["auto"] | None, None, said, schedulable=False, per_class=False, layer=None)
+        return {**several, auto.name: auto, **{name: p for name, p in found.items() if name not in several}}
+
+    def paths(self, values: Mapping[str, Any]) -> dict[Literal["student", "teacher"], tuple[str, ...]]:
+        """What a term with these parameters reads of each model, as it is captured, pair by pair; of ``layers: auto`` the word alone."""
+        found: dict[Literal["student", "teacher"], tuple[str, ...]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.layer is not None:
+                given = AUTO if values.get("layers") == AUTO else values[name]
+                each = [given] if isinstance(given, str) else given
+                found[parameter.layer.side] = tuple(f"{path}:{self.part}" if self.part and path != AUTO else path for path in each)
+        return found
 
 
 _SIDES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
@@ -225,13 +259,13 @@ _SIDES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 # --- what features a loss can compare; each says what to do where it cannot ---
 
 
-def of_samples(student: Shape, teacher: Shape) -> str:
+def of_samples(student: Shape, teacher: Shape, values: Mapping[str, Any] = MappingProxyType({})) -> str:
     """One vector or map a sample, of any two sizes."""
     fit = all(len(shape) in (2, 4) for shape in (student, teacher))
     return "" if fit else "Choose layers that give one vector (B, D) or one map (B, channels, height, width) a sample."
 
 
-def of_maps(student: Shape, teacher: Shape) -> str:
+def of_maps(student: Shape, teacher: Shape, values: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Maps of any two sizes."""
     fit = len(student) == len(teacher) == 4
     return "" if fit else "Choose layers that give maps (B, channels, height, width) on both sides."

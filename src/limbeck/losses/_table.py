@@ -9,7 +9,8 @@ from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Vid, attention_transfer, nst
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
-from limbeck.losses.transformers import of_first_tokens, patient
+from limbeck.losses.transformers import minilm, minilm_v2, of_first_tokens, of_projections, patient, tinybert_attention
+from limbeck.types import QKV
 
 __all__ = ["LOSSES"]
 
@@ -189,6 +190,7 @@ _ROWS = (
         cost="N D_student D_teacher",
         weight=100.0,
         example={"student": "layer3", "teacher": "layer3", "projector": "auto"},
+        layers="sum",
     ),
     LossEntry(
         name="attention_transfer",
@@ -197,12 +199,13 @@ _ROWS = (
         per_item=True,
         zero_at={},
         shift_invariant=False,
-        summary="Match where a layer looks, summed over channels. For CNNs of any widths, one term a stage; nothing to learn and cheap.",
+        summary="Match where a layer looks, summed over channels. For CNNs of any widths, over all stages; nothing to learn and cheap.",
         source="Zagoruyko and Komodakis 2017 (AT), arXiv:1612.03928",
         cost="N D",
         weight=1000.0,
         example={"student": "layer3", "teacher": "layer3", "p": 2, "form": "code"},
         fits=of_maps,
+        layers="sum",
     ),
     LossEntry(
         name="similarity_preserving",
@@ -217,6 +220,7 @@ _ROWS = (
         weight=3000.0,
         example={"student": "layer3", "teacher": "layer3"},
         fits=of_samples,
+        layers="sum",
     ),
     LossEntry(
         name="rkd_distance",
@@ -300,6 +304,7 @@ _ROWS = (
         weight=50.0,
         example={"student": "layer3", "teacher": "layer3"},
         fits=of_maps,
+        layers="sum",
     ),
     LossEntry(
         name="cka",
@@ -325,6 +330,7 @@ _ROWS = (
         source="Sanh et al. 2019 (DistilBERT), arXiv:1910.01108",
         cost="N D_student D_teacher",
         example={"student": "layer3", "teacher": "layer3", "projector": "auto"},
+        layers="mean",
     ),
     LossEntry(
         name="patient",
@@ -333,13 +339,61 @@ _ROWS = (
         per_item=True,
         zero_at={},
         shift_invariant=False,
-        summary="Match the direction of the first token of a layer. For BERT students with fewer layers of the same width, one term a layer.",
+        summary="Match the direction of the first token of a layer. For BERT students with fewer layers of the same width, over layers.",
         source="Sun et al. 2019 (Patient-KD), arXiv:1908.09355",
         cost="N D",
         weight=100.0,
         example={"student": "layer3", "teacher": "layer3", "normalize": True},
         fits=of_first_tokens,
         sequences=True,
+        layers="mean",
+        but_last=True,
+    ),
+    LossEntry(
+        name="tinybert_attention",
+        function=tinybert_attention,
+        reads=("student.features", "teacher.features", "mask"),
+        per_item=True,
+        zero_at={},
+        shift_invariant=False,
+        summary="Match attention scores, head by head. For BERT students with the teacher's number of heads, beside hint on the same layers.",
+        source="Jiao et al. 2020 (TinyBERT), arXiv:1909.10351",
+        cost="N T^2 D",
+        example={"student": "encoder.layer.5", "teacher": "encoder.layer.11", "heads": 12},
+        fits=of_projections,
+        sequences=True,
+        part=QKV,
+        layers="sum",
+    ),
+    LossEntry(
+        name="minilm",
+        function=minilm,
+        reads=("student.features", "teacher.features", "mask"),
+        per_item=True,
+        zero_at={},
+        shift_invariant=False,
+        summary="Match attention and the relations of values. For a student of any width and the teacher's number of heads; last layers alone.",
+        source="Wang et al. 2020 (MiniLM), arXiv:2002.10957",
+        cost="N T^2 D",
+        example={"student": "encoder.layer.5", "teacher": "encoder.layer.11", "heads": 12},
+        fits=of_projections,
+        sequences=True,
+        part=QKV,
+    ),
+    LossEntry(
+        name="minilm_v2",
+        function=minilm_v2,
+        reads=("student.features", "teacher.features", "mask"),
+        per_item=True,
+        zero_at={},
+        shift_invariant=False,
+        summary="Match relations among queries, keys and values. For transformers of any widths and heads; nothing to learn, one layer each.",
+        source="Wang et al. 2021 (MiniLMv2), arXiv:2012.15828",
+        cost="N T^2 D",
+        example={"student": "encoder.layer.5", "teacher": "encoder.layer.11", "heads": 12},
+        fits=of_projections,
+        sequences=True,
+        part=QKV,
     ),
     LossEntry(
         name="vid",
@@ -353,6 +407,7 @@ _ROWS = (
         cost="N D channels",
         example={"student": "layer3", "teacher": "layer3", "hidden": 0},
         below_zero=True,
+        layers="sum",
     ),
     LossEntry(
         name="ofd",

@@ -36,7 +36,7 @@ def attention_transfer(
     8 x 8 places about 100 times as large). student: (N, Ch, H, W), teacher: (N, any channels, H, W), which gets no gradient; of maps of two sizes the
     larger is averaged down. Returns (N,), 0 where they agree. A map of zeros looks nowhere and gets no gradient.
 
-    One term compares one pair of layers; for several, give several terms, whose sum is the published loss (weight 1000 in ``code``).
+    Over several pairs of layers it is their sum, as published (weight 1000 in ``code``).
 
     Source: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", arXiv:1612.03928, section 3.1, equation 2.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from limbeck.errors import Problem, UsageError, nearest
 from limbeck.models._model import Model, first_tensor, untouched
-from limbeck.types import Inputs, Outputs
+from limbeck.types import QKV, Inputs, Outputs
 
 __all__ = ["Capture", "called_layers", "probe_shapes", "validate_paths"]
 
@@ -19,8 +22,9 @@ class Capture:
     """Keep the outputs of named layers during forward passes; every hook is gone when the block ends, however it ends.
 
     ``paths`` are names from ``module.named_modules()``; ``"layer:1"`` or ``"layer:hidden_states"`` picks from a layer that returns a tuple
-    or a mapping (without it: the first tensor). Gradients flow through what was captured, which is a copy: a layer's own output may be
-    written over by the one after it (``ReLU(inplace=True)``, ``out += identity``).
+    or a mapping (without it: the first tensor); ``"layer:q,k,v"`` is the queries, keys and values of the attention inside a layer of a transformer,
+    ``(B, T, 3 D)`` side by side, each as its projection gives it. Gradients flow through what was captured, which is a copy: a layer's own output may
+    be written over by the one after it (``ReLU(inplace=True)``, ``out += identity``).
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -52,7 +56,13 @@ class Capture:
         layers = dict(self._module.named_modules()) if self._paths else {}
         for path in self._paths:
             layer, key = _split(path)
-            self._handles.append(layers[layer].register_forward_hook(self._keeper(path, key)))
+            if key == QKV:
+                parts = [layers[name] for name in _projections(self._module, layer)]
+                said: dict[int, Tensor] = {}
+                for number, part in enumerate(parts):
+                    self._handles.append(part.register_forward_hook(self._collector(path, number, len(parts), said)))
+            else:
+                self._handles.append(layers[layer].register_forward_hook(self._keeper(path, key)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,6 +81,19 @@ class Capture:
 
         return keep
 
+    def _collector(self, path: str, number: int, count: int, said: dict[int, Tensor]) -> Any:
+        """Of one projection among those whose outputs are one feature."""
+
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if not self._listening:
+                return
+            said[number] = output
+            if len(said) == count:
+                self.features[path] = said[0].clone() if count == 1 else torch.cat([said[i] for i in range(count)], -1)
+                said.clear()
+
+        return keep
+
 
 def validate_paths(module: nn.Module, paths: Sequence[str], where: str) -> None:
     """Raise one ``UsageError`` that names every path which is no layer of ``module``, each with the nearest layer's name."""
@@ -78,7 +101,12 @@ def validate_paths(module: nn.Module, paths: Sequence[str], where: str) -> None:
     known = set(layers)
     problems = []
     for path in paths:
-        layer, _ = _split(path)
+        layer, key = _split(path)
+        if layer in known and key == QKV:
+            try:
+                _projections(module, layer)
+            except UsageError as e:
+                problems.append(replace(e.problems[0], where=where))
         if layer not in known:
             hint = nearest(layer, layers)
             top = ", ".join(name for name, _ in module.named_children()) or "none"
@@ -112,6 +140,57 @@ def called_layers(model: Model, inputs: Inputs) -> set[str]:
     return called
 
 
+_SEPARATE = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"))
+_FUSED = "qkv"
+
+
+def _projections(module: nn.Module, path: str) -> list[str]:
+    """The linear layers inside a layer that make its queries, keys and values: three, or one for all.
+
+    Known are those of Transformers' BERT, DistilBERT, RoBERTa, ELECTRA, ViT and the like, and timm's ``qkv``. Raises UsageError for others, and where
+    attention is not the softmax of ``Q K' / sqrt(d)`` of what they give (rotary or relative positions, normalised or shared heads, causal).
+    """
+    found: list[tuple[nn.Module, list[str]]] = []
+    for name, part in module.get_submodule(path).named_modules(prefix=path):
+        linear = {key for key, child in part.named_children() if isinstance(child, nn.Linear)}
+        for keys in (*_SEPARATE, (_FUSED,)):
+            if linear.issuperset(keys):
+                found.append((part, [f"{name}.{key}" for key in keys]))
+    inner = "Name a layer of an encoder that has its queries, keys and values from linear layers: query, key, value, or one qkv."
+    if len(found) != 1:
+        text = f"'{path}' has {len(found) or 'no'} attention{'s' * (len(found) > 1)} whose queries, keys and values can be read."
+        raise UsageError(Problem(path, text, inner))
+    part, names = found[0]
+    widths = {module.get_submodule(name).out_features for name in names}
+    normed = [key for key, child in part.named_children() if key in ("q_norm", "k_norm") and not isinstance(child, nn.Identity)]
+    moved = [
+        key
+        for key in inspect.signature(type(part).forward).parameters
+        if key in ("position_embeddings", "rel_pos", "rel_embeddings", "rope")
+    ]
+    moved += [
+        key
+        for key in ("relative_position_bias_table", "relative_position_bias", "distance_embedding")
+        if getattr(part, key, None) is not None
+    ]
+    why = (
+        "shares keys and values between heads"
+        if len(widths) > 1
+        else "normalises queries and keys"
+        if normed
+        else "adds positions inside"
+        if moved
+        else "is causal"
+        if getattr(part, "is_causal", False)
+        else ""
+    )
+    if why:
+        raise UsageError(Problem(path, f"the attention of '{path}' {why}, so it is not what its queries and keys alone give.", inner))
+    return names
+
+
 def _split(path: str) -> tuple[str, str | None]:
+    if path.endswith(f":{QKV}"):
+        return path.removesuffix(f":{QKV}"), QKV
     layer, colon, key = path.partition(":")
     return layer, key if colon else None
