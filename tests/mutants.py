@@ -91,7 +91,13 @@ MUTANTS = (
         "return checkpoint(called, *leaves, use_reentrant=False, preserve_rng_state=False)\n",
         RECOMPUTE,
     ),
-    Mutant("features-of-the-second-pass", "models/_capture.py", "if not self._listening:", "if False:", RECOMPUTE),
+    Mutant(
+        "features-of-the-second-pass",
+        "models/_capture.py",
+        "if not self._listening:\n                return\n            try:",
+        "try:",
+        RECOMPUTE,
+    ),
     Mutant("a-block-stays-patched", "models/_recompute.py", "vars(m).pop(key, None)", "pass", RECOMPUTE),
     Mutant(
         "batch-statistics-are-cut", "_microbatch.py", "    if parts.batch_statistics:\n        why", "    if False:\n        why", MEMORY
@@ -237,7 +243,9 @@ MUTANTS = (
     Mutant("nst-of-first-degree", "losses/maps.py", "(a @ b.transpose(1, 2)).square()", "(a @ b.transpose(1, 2))", LOSSES),
     Mutant("vid-without-its-variance", "losses/maps.py", " + variance.log())", " )", LOSSES),
     Mutant("ofd-whole-l2", "losses/maps.py", " * ((student > target) | (target > 0))", "", LOSSES),
-    Mutant("padded-keys-count", "losses/transformers.py", "scores.masked_fill(padded & ~nobody, -torch.inf)", "scores", LOSSES),
+    Mutant(
+        "padded-keys-count", "losses/transformers.py", "_scores(a, b).masked_fill(padded & ~nobody, -torch.inf)", "_scores(a, b)", LOSSES
+    ),
     Mutant("patient-with-every-token", "losses/transformers.py", "x[:, 0] if x.ndim == 3", "x.mean(1) if x.ndim == 3", LOSSES),
     Mutant(
         "hcl-halves-for-sizes-left-out",
@@ -246,7 +254,7 @@ MUTANTS = (
         "        weight /= 2\n        if size < student.shape[2]:\n",
         LOSSES,
     ),
-    Mutant("a-loss-of-maps-takes-vectors", "objective.py", "if self.entry.fits is not None:", "if False:", LOSSES),
+    Mutant("a-loss-of-maps-takes-vectors", "objective.py", "if advice:", "if False:", LOSSES),
     # --- the objective
     Mutant(
         "mask-dropped",
@@ -526,7 +534,7 @@ MUTANTS = (
         "",
         GATHERED,
     ),
-    Mutant("each-rank-counts-all-values", "objective.py", "return values[own]", "return values", GATHERED),
+    Mutant("each-rank-counts-all-values", "objective.py", "return found[own]", "return found", GATHERED),
     # --- resume
     Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", RESUME),
     Mutant("resume-without-average", "loop.py", 'value.copy_(saved["average"][name])', "pass", RESUME),
