@@ -71,7 +71,7 @@ MUTANTS = (
     # --- bad files and full disks
     Mutant("half-a-line-in-the-log", "run.py", "            self.cut(before)\n            raise", "            raise", RUN),
     Mutant("a-full-disk-of-safetensors-is-a-bug", "run.py", 'type(error).__name__ == "SafetensorError" and', "False and", RUN),
-    Mutant("any-number-of-pixels", "data/decode.py", "if width * height > MAX_PIXELS:", "if False:", LOAD),
+    Mutant("any-number-of-pixels", "pixels.py", "if width * height > most:", "if False:", LOAD),
     Mutant(
         "archives-unfold-without-measure", "data/arrays.py", "if member.file_size > may_unfold_to(member.compress_size):", "if False:", LOAD
     ),

@@ -45,6 +45,7 @@ from limbeck._cli_options import (
 )
 from limbeck._cli_run import call, emit
 from limbeck._cli_runs import compare, evaluate, export, report
+from limbeck._cli_serve import predict, serve
 from limbeck._cli_show import share, table
 
 __all__ = ["app", "main"]
@@ -324,7 +325,7 @@ def _run(
     return dict(result)
 
 
-for command in (evaluate, export, report, compare, losses, models, recipes, convert, doctor, watch):
+for command in (evaluate, export, report, compare, serve, predict, losses, models, recipes, convert, doctor, watch):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
 

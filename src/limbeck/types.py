@@ -1,4 +1,4 @@
-"""What flows between the parts: batches in, outputs out, and how a model wants its inputs.
+"""What flows between the parts: batches in, outputs out, and (from ``preprocessing``) how a model wants its inputs.
 
 Shapes: B samples, C classes, N items (what a loss counts), H x W pixels, T tokens, D features.
 """
@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from limbeck.preprocessing import ImagePreprocessing, Preprocessing, TensorPreprocessing, TextPreprocessing
 
 __all__ = [
     "QKV",
@@ -36,50 +38,6 @@ UNLABELLED = -1
 Inputs = Mapping[str, Tensor]
 """What one model is called with: ``{"image": (B, Ch, H, W)}``, ``{"input_ids": (B, T), "attention_mask": (B, T), ...}`` or
 ``{"x": (B, ...)}``."""
-
-
-@dataclass(frozen=True)
-class ImagePreprocessing:
-    """How a model wants images: ``(x / 255 - mean) / std`` in channels-first order, at ``height x width``.
-
-    ``height`` and ``width`` are None where the model takes the data's own size. ``resize_shorter`` is the shorter side before the centre
-    crop at evaluation (None: resize straight to height x width). ``mean`` and ``std`` have one entry a channel, in units of [0, 1].
-    """
-
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    height: int | None = None
-    width: int | None = None
-    resize_shorter: int | None = None
-    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
-    kind: Literal["image"] = "image"
-
-
-@dataclass(frozen=True)
-class TextPreprocessing:
-    """How a model wants text: its own tokenizer (a folder), cut at ``max_length`` tokens, padded dynamically.
-
-    ``inputs`` are the names that the tokenizer gives and the model takes, in order. ``tokenizer_sha256`` is over the tokenizer's files.
-    """
-
-    tokenizer: str
-    max_length: int
-    inputs: tuple[str, ...]
-    tokenizer_sha256: str
-    pad_token_id: int = 0
-    kind: Literal["text"] = "text"
-
-
-@dataclass(frozen=True)
-class TensorPreprocessing:
-    """Float arrays are taken as they are."""
-
-    shape: tuple[int, ...]
-    kind: Literal["tensor"] = "tensor"
-
-
-Preprocessing = ImagePreprocessing | TextPreprocessing | TensorPreprocessing
 
 
 @dataclass(frozen=True)

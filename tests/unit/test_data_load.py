@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from limbeck.data import Data, Split, load_data, skipped_csv
-from limbeck.data.decode import Undecodable, decode
 from limbeck.errors import LimbeckError, UsageError
+from limbeck.pixels import Undecodable, decode
 from limbeck.recipe import DataSpec
 
 RNG = np.random.default_rng(0)
@@ -465,7 +465,7 @@ def test_nothing_is_kept_where_that_is_impossible(tmp_path: Path, monkeypatch: p
 def test_modes_of_images_become_upright_rgb_or_grey(tmp_path: Path, mode: str) -> None:
     from PIL import Image
 
-    from limbeck.data.decode import decode, inspect
+    from limbeck.pixels import decode, inspect
 
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     image = Image.fromarray(grey)

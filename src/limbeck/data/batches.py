@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from limbeck.data.decode import resize
 from limbeck.data.ids import Ids, pair_ids
 from limbeck.data.sources import Raw
 from limbeck.data.splits import Split
 from limbeck.data.text import Tokens, tokens_of
 from limbeck.data.views import Partners, beta, check_augment, image_views
 from limbeck.errors import LimbeckError, Problem, UsageError
+from limbeck.pixels import fit, normalise
 from limbeck.randomness import order, uniform
 from limbeck.recipe import Augment
 from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing
@@ -339,39 +339,7 @@ def _sized(raw: Pixels | list[Pixels], wanted: ImagePreprocessing, shorter: int 
         height, width = wanted.height, wanted.width
     if shorter is None and not isinstance(raw, list) and raw.shape[1:3] == (height, width):
         return raw
-    return np.stack([_fit(image, height, width, shorter, wanted.interpolation) for image in raw])
-
-
-def _fit(image: Pixels, height: int, width: int, shorter: int | None, interpolation: str) -> Pixels:
-    if shorter is None:
-        return resize(image, height, width, interpolation)
-    h, w = image.shape[:2]
-    # as torchvision: the longer side is cut to whole pixels
-    height_, width_ = (shorter, int(shorter * w / h)) if h <= w else (int(shorter * h / w), shorter)
-    image = resize(image, height_, width_, interpolation)
-    h, w = image.shape[:2]
-    if h < height or w < width:
-        return resize(image, height, width, interpolation)
-    top, left = round((h - height) / 2), round((w - width) / 2)
-    return image[top : top + height, left : left + width]
-
-
-def normalise(images: Pixels, wanted: ImagePreprocessing, kind: type[np.floating[Any]]) -> npt.NDArray[Any]:
-    """``(x / 255 - mean) / std`` as ``(B, channels, H, W)``; one channel is repeated, three become luminance (ITU-R 601), as needed."""
-    channels = images.shape[3]
-    if channels == 3 and wanted.channels == 1:
-        weights = np.array([19595, 38470, 7471], dtype=np.uint32)  # Pillow's, in 1/65536
-        images = ((images.astype(np.uint32) @ weights + 32768) >> 16).astype(np.uint8)[..., None]
-        channels = 1
-    if channels not in (1, wanted.channels):
-        raise UsageError(Problem("", f"the model takes images with {wanted.channels} channels, and the data has {channels}."))
-    out = np.empty((len(images), wanted.channels, *images.shape[1:3]), dtype=kind)
-    for channel in range(wanted.channels):
-        mean, std = wanted.mean[channel], wanted.std[channel]
-        plane = images[..., channel if channels > 1 else 0]
-        np.multiply(plane, kind(1.0 / (255.0 * std)), out=out[:, channel], dtype=kind, casting="unsafe")
-        out[:, channel] -= kind(mean / std)
-    return out
+    return np.stack([fit(image, height, width, shorter, wanted.interpolation) for image in raw])
 
 
 def _mix(first: npt.NDArray[Any], second: npt.NDArray[Any], share: npt.NDArray[np.float64]) -> npt.NDArray[Any]:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from limbeck.data.decode import pillow
 from limbeck.data.ids import Ids
+from limbeck.pixels import pillow
 
 __all__ = ["BUDGET", "Decoded"]
 

@@ -15,13 +15,13 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from limbeck.data.decode import EXTENSIONS, MAX_BYTES, Undecodable, inspect
 from limbeck.data.decoded import Decoded
 from limbeck.data.ids import bytes_id, from_digests
 from limbeck.data.labels import Labels
 from limbeck.data.sources import FileImages
 from limbeck.data.splits import SKIPPED, Part, Role
 from limbeck.errors import Problem, listed
+from limbeck.pixels import EXTENSIONS, MAX_BYTES, Undecodable, inspect
 
 __all__ = ["read_folder"]
 

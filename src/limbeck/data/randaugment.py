@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.data.decode import pillow
+from limbeck.pixels import pillow
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage

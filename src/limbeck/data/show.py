@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.data.decode import png
 from limbeck.data.splits import Data, Split, preview
+from limbeck.pixels import png
 
 __all__ = ["skipped_csv", "text_of", "thumbnail"]
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.data.decode import Undecodable, decode, to_array
 from limbeck.data.decoded import Decoded
 from limbeck.data.ids import Ids, array_id, bytes_id, from_digests
 from limbeck.errors import LimbeckError
+from limbeck.pixels import Undecodable, decode, to_array
 
 __all__ = [
     "ArrayImages",

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from limbeck.data.arrays import may_unfold_to
-from limbeck.data.decode import Undecodable, inspect
 from limbeck.data.ids import bytes_id, from_digests, text_ids
 from limbeck.data.labels import Labels, from_array, from_column
 from limbeck.data.sources import EncodedImages, Texts
 from limbeck.data.splits import SKIPPED, Part, Role
 from limbeck.errors import Problem, listed, nearest
+from limbeck.pixels import Undecodable, inspect
 
 if TYPE_CHECKING:
     import pyarrow as pa

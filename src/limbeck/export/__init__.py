@@ -50,7 +50,8 @@ def export_model(
     model: left exactly as it is. formats: names of :data:`FORMATS`. inputs: prepared samples of the test split on the CPU, 16 or more.
     classes: names in the order of the logits. progress: called with a short line when a format is begun.
 
-    A record has ``file`` (relative to the folder's parent), ``bytes``, ``sha256``, ``max_abs_diff``, ``tolerance``, ``largest_logit``,
+    A record has ``file`` (relative to the folder's parent), ``bytes``, ``sha256``, ``files`` (the sha256 of each by
+    name: a large ONNX file has its weights beside it), ``max_abs_diff``, ``tolerance``, ``largest_logit``,
     ``agreement``, ``items``, ``batch_sizes``, ``latency_ms`` (``p50`` and ``p95`` of one sample on one CPU thread), ``threads``,
     ``exporter``, ``torch``, ``tried`` (exporters that were given up, and why), and ``opset`` for ONNX.
 
@@ -111,6 +112,7 @@ def _write_checked(name: str, job: Job, expected: Sequence[Logits], folder: Path
                     "file": f"{folder.name}/{final.name}",
                     "bytes": sum(p.stat().st_size for p in work.iterdir()),
                     "sha256": file_sha256(work / final.name),
+                    "files": {p.name: file_sha256(p) for p in sorted(work.iterdir())},
                     "max_abs_diff": parity.max_abs_diff,
                     "tolerance": parity.tolerance,
                     "largest_logit": parity.largest_logit,

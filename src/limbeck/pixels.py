@@ -1,4 +1,7 @@
-"""Encoded images to uint8 arrays and back; the only file that knows Pillow's modes."""
+"""Encoded images to uint8 arrays and back, and from there to what a model takes; the only file that knows Pillow's modes.
+
+Training and serving both go through it, and it needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.errors import missing_extra
+from limbeck.errors import Problem, UsageError, missing_extra
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-__all__ = ["EXTENSIONS", "Undecodable", "channels_of", "decode", "inspect", "pillow", "png", "resize", "to_array"]
+    from limbeck.preprocessing import ImagePreprocessing
+
+__all__ = [
+    "EXTENSIONS",
+    "TooManyPixels",
+    "Undecodable",
+    "channels_of",
+    "decode",
+    "fit",
+    "inspect",
+    "normalise",
+    "pillow",
+    "png",
+    "resize",
+    "to_array",
+]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -62,6 +80,10 @@ class Undecodable(Exception):
     """Bytes that are no image, or a damaged one; the message says why."""
 
 
+class TooManyPixels(Undecodable):
+    """An image with more pixels than are decoded."""
+
+
 def pillow() -> Any:
     """The module ``PIL.Image``.
 
@@ -76,7 +98,7 @@ def pillow() -> Any:
 
 
 @contextmanager
-def _opened(content: bytes) -> Iterator[Any]:
+def _opened(content: bytes, most: int = MAX_PIXELS) -> Iterator[Any]:
     """The Pillow image, its header read and judged, nothing decoded. Raises: Undecodable, also for what is raised inside."""
     image_module = pillow()
     try:
@@ -85,8 +107,8 @@ def _opened(content: bytes) -> Iterator[Any]:
             image_module.init()
             with image_module.open(io.BytesIO(content), formats=[f for f in _FORMATS if f in image_module.OPEN]) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise Undecodable(f"it has {width:,} x {height:,} pixels, and at most {MAX_PIXELS:,} are decoded")
+                if width * height > most:
+                    raise TooManyPixels(f"it has {width:,} x {height:,} pixels, and at most {most:,} are decoded")
                 yield image
     except Undecodable:
         raise
@@ -126,16 +148,17 @@ def inspect(content: bytes) -> tuple[int, int, int]:
     return (width, height, channels) if turned else (height, width, channels)
 
 
-def decode(content: bytes, channels: int, draft: int | None = None) -> Pixels:
+def decode(content: bytes, channels: int | None, draft: int | None = None, most: int = MAX_PIXELS) -> Pixels:
     """``(H, W, channels)`` uint8 of an encoded image, upright by its EXIF orientation.
 
     The first frame of an animation; 16-bit grey by its high byte; palettes, CMYK and others converted; alpha dropped. ``channels`` is 1 or
-    3. ``draft`` allows a smaller decoding with sides of at least that many pixels, for statistics and thumbnails.
+    3, or None for one channel of grey images and three of all others. ``draft`` allows
+    a smaller decoding with sides of at least that many pixels, for statistics and thumbnails.
 
     Raises:
         Undecodable: not an image, or truncated.
     """
-    with _opened(content) as image:
+    with _opened(content, most) as image:
         if draft is not None:
             image.draft(None, (draft, draft))
         return to_array(image, channels)
@@ -188,6 +211,39 @@ def resize(image: Pixels, height: int, width: int, interpolation: str) -> Pixels
         for c in range(image.shape[2])
     ]
     return np.stack(planes, axis=-1)
+
+
+def fit(image: Pixels, height: int, width: int, shorter: int | None, interpolation: str) -> Pixels:
+    """``image`` (H, W, Ch) at ``height x width``: stretched, or (``shorter``) its shorter side brought to that and the middle cut out."""
+    if shorter is None:
+        return resize(image, height, width, interpolation)
+    h, w = image.shape[:2]
+    # as torchvision: the longer side is cut to whole pixels
+    height_, width_ = (shorter, int(shorter * w / h)) if h <= w else (int(shorter * h / w), shorter)
+    image = resize(image, height_, width_, interpolation)
+    h, w = image.shape[:2]
+    if h < height or w < width:
+        return resize(image, height, width, interpolation)
+    top, left = round((h - height) / 2), round((w - width) / 2)
+    return image[top : top + height, left : left + width]
+
+
+def normalise(images: Pixels, wanted: ImagePreprocessing, kind: type[np.floating[Any]]) -> npt.NDArray[Any]:
+    """``(x / 255 - mean) / std`` as ``(B, channels, H, W)``; one channel is repeated, three become luminance (ITU-R 601), as needed."""
+    channels = images.shape[3]
+    if channels == 3 and wanted.channels == 1:
+        weights = np.array([19595, 38470, 7471], dtype=np.uint32)  # Pillow's, in 1/65536
+        images = ((images.astype(np.uint32) @ weights + 32768) >> 16).astype(np.uint8)[..., None]
+        channels = 1
+    if channels not in (1, wanted.channels):
+        raise UsageError(Problem("", f"the model takes images with {wanted.channels} channels, and the data has {channels}."))
+    out = np.empty((len(images), wanted.channels, *images.shape[1:3]), dtype=kind)
+    for channel in range(wanted.channels):
+        mean, std = wanted.mean[channel], wanted.std[channel]
+        plane = images[..., channel if channels > 1 else 0]
+        np.multiply(plane, kind(1.0 / (255.0 * std)), out=out[:, channel], dtype=kind, casting="unsafe")
+        out[:, channel] -= kind(mean / std)
+    return out
 
 
 def png(image: Pixels, size: int | None = None) -> bytes:
