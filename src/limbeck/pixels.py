@@ -98,9 +98,9 @@ def pillow() -> Any:
 
 
 @contextmanager
-def _opened(content: bytes, most: int = MAX_PIXELS) -> Iterator[Any]:
+def _opened(content: bytes, most: int | None = None) -> Iterator[Any]:
     """The Pillow image, its header read and judged, nothing decoded. Raises: Undecodable, also for what is raised inside."""
-    image_module = pillow()
+    image_module, most = pillow(), MAX_PIXELS if most is None else most
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -148,12 +148,13 @@ def inspect(content: bytes) -> tuple[int, int, int]:
     return (width, height, channels) if turned else (height, width, channels)
 
 
-def decode(content: bytes, channels: int | None, draft: int | None = None, most: int = MAX_PIXELS) -> Pixels:
+def decode(content: bytes, channels: int | None, draft: int | None = None, most: int | None = None) -> Pixels:
     """``(H, W, channels)`` uint8 of an encoded image, upright by its EXIF orientation.
 
     The first frame of an animation; 16-bit grey by its high byte; palettes, CMYK and others converted; alpha dropped. ``channels`` is 1 or
     3, or None for one channel of grey images and three of all others. ``draft`` allows
-    a smaller decoding with sides of at least that many pixels, for statistics and thumbnails.
+    a smaller decoding with sides of at least that many pixels, for statistics and thumbnails. More than ``most`` pixels are refused
+    (:class:`TooManyPixels`).
 
     Raises:
         Undecodable: not an image, or truncated.

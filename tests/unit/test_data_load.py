@@ -321,7 +321,7 @@ def test_what_was_skipped_is_listed_whole(tmp_path: Path) -> None:
 
 def test_an_image_without_measure_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path)
-    monkeypatch.setattr("limbeck.data.decode.MAX_PIXELS", 8 * 9)
+    monkeypatch.setattr("limbeck.pixels.MAX_PIXELS", 8 * 9)
     picture(tmp_path / "train/cat/large.png", 3, (8, 10))
     picture(tmp_path / "train/cat/just.png", 4, (8, 9))
     text = problems(lambda: load("imagefolder:.", tmp_path))

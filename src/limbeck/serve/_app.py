@@ -110,6 +110,8 @@ def make_app(served: Sequence[Served], settings: Settings | None = None, key: st
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        for one in served:
+            one.model.warm()
         yield {"settings": settings}
         await models.close()
 
@@ -265,7 +267,7 @@ def make_app(served: Sequence[Served], settings: Settings | None = None, key: st
     async def home() -> Response:
         return Response(page, headers={"content-type": "text/html; charset=utf-8", "content-security-policy": PAGE_POLICY})
 
-    app.openapi = documents.document(app, served, key is not None)  # type: ignore[method-assign]
+    app.openapi = documents.document(app, served, settings, key is not None)  # type: ignore[method-assign]
     return Gate(app, settings, metrics, key)
 
 

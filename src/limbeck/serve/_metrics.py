@@ -52,7 +52,8 @@ class Metrics:
 
     def batches(self, model: str, version: str, waiting: Callable[[], int]) -> Callable[[int, float], None]:
         """What a model's batcher tells of every batch."""
-        rows, seconds, queue = (m.labels(model, version) for m in (self._batch_rows, self._batch_seconds, self._queue))
+        rows, seconds = self._batch_rows.labels(model, version), self._batch_seconds.labels(model, version)
+        queue = self._queue.labels(model, version)
 
         def seen(count: int, took: float) -> None:
             rows.observe(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from limbeck.errors import Problem, UsageError, missing_extra
-from limbeck.pixels import MAX_PIXELS, TooManyPixels, Undecodable, decode, fit, normalise
+from limbeck.pixels import TooManyPixels, Undecodable, decode, fit, normalise, pillow
 from limbeck.preprocessing import ImagePreprocessing
 from limbeck.serve._folder import found
 
@@ -80,13 +81,25 @@ class ServedModel:
             raise UsageError(Problem(str(it.path), text, "Was it written by `limbeck export`?")) from None
         if "logits" not in [port.name for port in self.outputs]:
             raise UsageError(Problem(str(it.path), "it has no output 'logits'."))
+        self.vocabulary: int | None = None
         self._tokenizer = _tokenizer(facts["tokenizer"], it.path) if self.kind == "text" and "tokenizer" in facts else None
+
+        if self._tokenizer is not None:
+            self.vocabulary = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
         """(channels, height, width) of an image model's input."""
         how = self._image
         return None if how is None or how.height is None or how.width is None else (how.channels, how.height, how.width)
+
+    def warm(self) -> None:
+        """What the first request would wait for: image formats are registered, the session gets its memory."""
+        if self.kind == "image":
+            pillow().init()
+        zeros = {p.name: np.zeros([n if n > 0 else 1 for n in p.shape], DTYPES[p.datatype]) for p in self.inputs}
+        with contextlib.suppress(Refused):
+            self.run(zeros)
 
     def run(self, arrays: Arrays) -> npt.NDArray[Any]:
         """``(B, C)`` logits of prepared inputs. Raises: Refused, where ONNX Runtime refuses them."""
@@ -96,7 +109,7 @@ class ServedModel:
             raise Refused(f"the model cannot take these inputs: {_brief(error)}") from None
         return np.asarray(logits)
 
-    def from_image(self, content: bytes, most: int = MAX_PIXELS) -> Arrays:
+    def from_image(self, content: bytes, most: int | None = None) -> Arrays:
         """One encoded image as ``{name: (1, channels, H, W) float32}``, upright, resized and normalised as in training. Raises: Refused."""
         how = self._image
         if how is None:

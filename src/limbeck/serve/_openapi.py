@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from limbeck.serve._protocol import PREPARED
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from limbeck.serve._app import Served
+    from limbeck.serve._settings import Settings
 
 __all__ = ["DESCRIBED", "DESCRIPTION", "INDEX", "INFER", "LIVE", "METADATA", "METRICS", "MODEL_LIST", "MODEL_READY", "PREDICT", "READY"]
 __all__ += ["SERVER", "document"]
@@ -94,61 +98,42 @@ PREDICT = _gives(
     503,
 )
 
-_TEXT = {"type": "string", "maxLength": 2000}
-_TEXTS = {
-    "oneOf": [
-        {
-            "type": "object",
-            "required": ["text"],
-            "properties": {"text": _TEXT, "text_pair": _TEXT},
-            "additionalProperties": False,
-        },
-        {
-            "type": "object",
-            "required": ["texts"],
-            "properties": {"texts": {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 32}},
-            "additionalProperties": False,
-        },
-    ]
-}
 _BYTES = {"type": "string", "format": "binary"}
 _FORM = {"type": "object", "required": ["file"], "properties": {"file": _BYTES}}
 
 
-def document(app: FastAPI, served: Sequence[Served], keyed: bool) -> Callable[[], dict[str, Any]]:
+def document(app: FastAPI, served: Sequence[Served], settings: Settings, keyed: bool) -> Callable[[], dict[str, Any]]:
     """``app.openapi`` with the served models' own names, versions and tensors in it."""
     made: dict[str, Any] = {}
     plain = app.openapi
 
     def build() -> dict[str, Any]:
         if not made:
-            made.update(_document(copy.deepcopy(plain()), served, keyed))
+            made.update(_document(copy.deepcopy(plain()), served, settings, keyed))
         return made
 
     return build
 
 
-def _document(found: dict[str, Any], served: Sequence[Served], keyed: bool) -> dict[str, Any]:
+def _document(found: dict[str, Any], served: Sequence[Served], settings: Settings, keyed: bool) -> dict[str, Any]:
     names = sorted({one.name for one in served})
+    versions = sorted({one.version for one in served})
     kinds = {one.model.kind for one in served}
-    infer = {"required": True, "content": {"application/json": {"schema": {"oneOf": [_request(one) for one in served]}}}}
     content: dict[str, Any] = {}
     if "text" in kinds:
-        content["application/json"] = {"schema": _TEXTS}
+        content["application/json"] = {"schema": _texts(settings)}
     if "image" in kinds:
         content |= {
             "image/png": {"schema": _BYTES},
             "application/octet-stream": {"schema": _BYTES},
             "multipart/form-data": {"schema": _FORM},
         }
+    paths: dict[str, Any] = {}
     for path, methods in found["paths"].items():
         for operation in methods.values():
             operation.get("responses", {}).pop("422", None)
             for parameter in operation.get("parameters", []):
-                values = names if parameter["name"] == "name" else sorted({one.version for one in served})
-                parameter["schema"] = {"type": "string", "enum": values}
-            if path.endswith("/infer"):
-                operation["requestBody"] = copy.deepcopy(infer)
+                parameter["schema"] = {"type": "string", "enum": names if parameter["name"] == "name" else versions}
             if path == "/predict":
                 operation["requestBody"] = {"required": True, "content": content or {"application/json": {"schema": {}}}}
                 operation["parameters"] = [
@@ -157,6 +142,12 @@ def _document(found: dict[str, Any], served: Sequence[Served], keyed: bool) -> d
                 ]
             if keyed and path not in ("/v2/health/live", "/v2/health/ready"):
                 operation["security"] = [{"bearer": []}, {"header": []}]
+        if path.endswith("/infer"):
+            for one in served:  # each model takes tensors of its own, so each has a path of its own
+                paths[path.format(name=one.name, version=one.version)] = _infer(methods, one)
+        else:
+            paths[path] = methods
+    found["paths"] = paths
     if keyed:
         found.setdefault("components", {})["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
@@ -164,6 +155,21 @@ def _document(found: dict[str, Any], served: Sequence[Served], keyed: bool) -> d
         }
     found.get("components", {}).pop("schemas", None)
     return found
+
+
+def _infer(methods: dict[str, Any], one: Served) -> dict[str, Any]:
+    operation = copy.deepcopy(methods["post"])
+    operation.pop("parameters", None)
+    operation["operationId"] += f"_{one.name}_{one.version}"
+    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _request(one)}}}
+    return {"post": operation}
+
+
+def _texts(settings: Settings) -> dict[str, Any]:
+    text = {"type": "string", "maxLength": settings.max_text}
+    several = {"type": "array", "items": text, "minItems": 1, "maxItems": settings.max_batch}
+    single = {"type": "object", "required": ["text"], "properties": {"text": text, "text_pair": text}, "additionalProperties": False}
+    return {"oneOf": [single, {"type": "object", "required": ["texts"], "properties": {"texts": several}, "additionalProperties": False}]}
 
 
 def _query(name: str, schema: Mapping[str, Any], required: bool) -> dict[str, Any]:
@@ -175,22 +181,18 @@ def _request(one: Served) -> dict[str, Any]:
     inputs = []
     for port in one.model.inputs:
         shape = [1, *(n if n > 0 else 1 for n in port.shape[1:])]
-        count = 1
-        for n in shape:
-            count *= n
-        whole = port.datatype.startswith("INT")
-        number: dict[str, Any] = (
-            {"type": "integer", "minimum": 0, "maximum": 1} if whole else {"type": "number", "minimum": -10, "maximum": 10}
-        )
+        count = math.prod(shape)
+        number: dict[str, Any] = {"type": "number", "minimum": -PREPARED, "maximum": PREPARED}
+        if port.datatype.startswith("INT"):
+            most = one.model.vocabulary - 1 if port.name == "input_ids" and one.model.vocabulary else 1
+            number = {"type": "integer", "minimum": 0, "maximum": most}
         data = {"type": "array", "items": number, "minItems": count, "maxItems": count}
         fixed = {"name": {"const": port.name}, "datatype": {"const": port.datatype}, "shape": {"const": shape}, "data": data}
         inputs.append({"type": "object", "required": list(fixed), "properties": fixed})
+    listed = {"type": "array", "prefixItems": inputs, "minItems": len(inputs), "maxItems": len(inputs)}
     return {
         "title": f"{one.name}, version {one.version}",
         "type": "object",
         "required": ["inputs"],
-        "properties": {
-            "id": {"type": "string", "maxLength": 200, "pattern": "^[A-Za-z0-9_-]*$"},
-            "inputs": {"type": "array", "prefixItems": inputs, "minItems": len(inputs), "maxItems": len(inputs)},
-        },
+        "properties": {"id": {"type": "string", "maxLength": 200}, "inputs": listed},
     }

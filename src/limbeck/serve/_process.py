@@ -35,6 +35,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 YOUNG = 10.0
 """Seconds: a worker that ends sooner than this has not served, and starting it again would not help."""
 
+LINGER = 0.3
+"""Seconds for which an idle connection of a server that ends is kept, for a request that was sent before the client knew."""
+
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 
 
@@ -47,7 +50,7 @@ class Named:
     folder: Path
 
 
-class _Connection(HttpToolsProtocol):  # type: ignore[misc, unused-ignore]
+class _Connection(HttpToolsProtocol):
     """uvicorn's own, with limits on the size and the time of a header, and on the number of connections."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -107,6 +110,17 @@ class _Connection(HttpToolsProtocol):  # type: ignore[misc, unused-ignore]
         if not self._closed:
             super().on_message_complete()
 
+    def shutdown(self) -> None:
+        """The server ends: a request that is on its way on this connection is still taken."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(LINGER, self._end)
+        else:
+            super().shutdown()
+
+    def _end(self) -> None:
+        if not self._reading and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+
     def _wait(self) -> None:
         self._timer = self.loop.call_later(self._limits.header_timeout, self._late)
 
@@ -143,7 +157,24 @@ class _Server(uvicorn.Server):
         gate: Any = self.config.loaded_app
         gate.draining = True
         await asyncio.sleep(self.config.app_grace)  # type: ignore[attr-defined]
+        for listening in sockets or []:
+            await self._take_the_last(listening)
         await super().shutdown(sockets)
+
+    async def _take_the_last(self, listening: socket.socket) -> None:
+        """Connections that the kernel has accepted and asyncio has not: they would be reset when the socket is closed."""
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> _Connection:
+            return _Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)
+
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:  # there is none, or another worker has closed it
+                return
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(protocol, connection)
 
 
 def serve(named: Sequence[Named], settings: Settings) -> None:

@@ -16,7 +16,11 @@ import numpy.typing as npt
 
 from limbeck.serve._model import DTYPES, Arrays, Port, Refused, ServedModel
 
-__all__ = ["Asked", "answer", "metadata", "parse_json", "read"]
+__all__ = ["PREPARED", "Asked", "answer", "metadata", "parse_json", "read"]
+
+
+PREPARED = 10_000
+"""No normalised pixel is larger than this."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,13 @@ def read(body: bytes, header_length: str | None, model: ServedModel, max_batch: 
         raise Refused(f"a request may have 1 to {max_batch} rows.", 413 if max(len(a) for a in arrays.values()) > max_batch else 400)
     if model.kind == "text":
         _same_length(arrays, model.max_length)
+        if not all(((array >= 0) & (array <= 1)).all() for name, array in arrays.items() if name != "input_ids"):
+            raise Refused("a mask and token types are 0 or 1.")
+    if model.kind == "image" and max(np.abs(array).max() for array in arrays.values()) > PREPARED:
+        raise Refused(f"images that are not prepared: normalised pixels lie within {PREPARED:,}. /predict takes image files.")
     asked_id = head.get("id")
-    if asked_id is not None and not (isinstance(asked_id, str) and len(asked_id) <= 200 and asked_id.isprintable()):
-        raise Refused("'id' must be a text of at most 200 printable characters.")
+    if asked_id is not None and not (isinstance(asked_id, str) and len(asked_id) <= 200):
+        raise Refused("'id' must be a text of at most 200 characters.")
     return Asked({port.name: arrays[port.name] for port in model.inputs}, asked_id, _wants_bytes(head))
 
 
