@@ -44,7 +44,7 @@ def serve(
     max_body: Annotated[str, _limit("--max-body", "BYTES", "Of a request; beyond: 413.")] = "16777216",
     max_header: Annotated[str, _limit("--max-header", "BYTES", "Of a request; beyond: 431.")] = "32768",
     max_pixels: Annotated[str, _limit("--max-pixels", "N", "Of an image; beyond: 413.")] = "25000000",
-    max_text: Annotated[str, _limit("--max-text", "N", "Characters of a text; beyond: 413.")] = "20000",
+    max_text: Annotated[str, _limit("--max-text", "N", "Characters of a text; beyond: 400.")] = "20000",
     max_connections: Annotated[str, _limit("--max-connections", "N", "Open at once; beyond: 503.")] = "1000",
     read_timeout: Annotated[str, _limit("--read-timeout", "S", "For a body, and a third of it for a header; beyond: 408.")] = "30",
     drain: Annotated[str, _limit("--drain", "S", "After SIGTERM, for answers that are being made.")] = "60",

@@ -17,7 +17,7 @@ from limbeck.errors import missing_extra
 from limbeck.serve import _openapi as documents
 from limbeck.serve import _protocol as protocol
 from limbeck.serve._batching import Answer, Batcher, Busy
-from limbeck.serve._gate import Gate
+from limbeck.serve._gate import Gate, Stop
 from limbeck.serve._inputs import asked_of, parts_of
 from limbeck.serve._metrics import Metrics
 from limbeck.serve._model import Refused, ServedModel, softmax
@@ -132,6 +132,12 @@ def make_app(served: Sequence[Served], settings: Settings | None = None, key: st
     async def busy(request: Request, error: Busy) -> Response:
         metrics.refused("queue")
         return _json({"error": str(error)}, 503, {"retry-after": str(error.retry_after)})
+
+    @app.exception_handler(Stop)
+    async def stopped(request: Request, error: Stop) -> Response:
+        request.scope["seen"].why = error.why
+        # the rest of the body is not read, so nothing can follow on this connection
+        return _json({"error": str(error)}, error.status, {"connection": "close"})
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

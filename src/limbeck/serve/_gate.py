@@ -15,7 +15,7 @@ from typing import Any
 from limbeck.serve._metrics import Metrics
 from limbeck.serve._settings import Settings
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "Stop"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,8 +26,8 @@ OPEN = ("/", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json")
 """What needs no key: what a probe asks, and pages on which nothing of the models' data stands."""
 
 
-class _Stop(Exception):
-    """A request that is refused while its body is read."""
+class Stop(Exception):
+    """A request that is refused before or while its body is read."""
 
     def __init__(self, status: int, message: str, why: str) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
                 extra = [(b"x-request-id", seen.id.encode()), (b"x-content-type-options", b"nosniff")]
-                if self.draining:
+                if self.draining and not any(name == b"connection" for name, _ in message.get("headers", [])):
                     extra.append((b"connection", b"close"))
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
             else:
@@ -71,19 +71,14 @@ class Gate:
         try:
             refused = self._refused(scope, headers)
             if refused is not None:
-                await self._refuse(refused, out)
                 seen.why = refused.why
+                await self._refuse(refused, out)
                 return
-            try:
-                await self._app(scope, self._measured(receive, seen), out)
-            except _Stop as stop:
-                seen.why = stop.why
-                if not seen.status:
-                    await self._refuse(stop, out)
+            await self._app(scope, self._measured(receive, seen), out)
         finally:
             self._record(scope, seen)
 
-    def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> _Stop | None:
+    def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> Stop | None:
         """What can be said before the body is read."""
         if self._key is not None and scope["path"] not in OPEN:
             given = headers.get(b"x-api-key", b"")
@@ -92,13 +87,13 @@ class Gate:
                 given = token.strip()
             # digests: the comparison takes the same time for keys of all lengths
             if not hmac.compare_digest(_digest(given), self._key):
-                return _Stop(401, "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY.", "key")
+                return Stop(401, "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY.", "key")
         length = headers.get(b"content-length")
         if length is not None and (not length.isdigit() or int(length[:20]) > self._settings.max_body):
-            return _Stop(413, f"the body may have at most {self._settings.max_body:,} bytes.", "body")
+            return Stop(413, f"the body may have at most {self._settings.max_body:,} bytes.", "body")
         coding = headers.get(b"content-encoding", b"identity").strip().lower()
         if coding not in (b"identity", b""):
-            return _Stop(415, "compressed bodies are not taken; send it as it is.", "encoding")
+            return Stop(415, "compressed bodies are not taken; send it as it is.", "encoding")
         return None
 
     def _measured(self, receive: Receive, seen: _Seen) -> Receive:
@@ -116,23 +111,22 @@ class Gate:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
-                raise _Stop(408, f"the body did not come within {self._settings.body_timeout:g} seconds.", "slow") from None
+                raise Stop(408, f"the body did not come within {self._settings.body_timeout:g} seconds.", "slow") from None
             if message["type"] == "http.request":
                 seen.bytes_in += len(message.get("body", b""))
                 ended = not message.get("more_body", False)
                 if seen.bytes_in > self._settings.max_body:
-                    raise _Stop(413, f"the body may have at most {self._settings.max_body:,} bytes.", "body")
+                    raise Stop(413, f"the body may have at most {self._settings.max_body:,} bytes.", "body")
             return message
 
         return measured
 
-    async def _refuse(self, stop: _Stop, send: Send) -> None:
+    async def _refuse(self, stop: Stop, send: Send) -> None:
         body = json.dumps({"error": str(stop)}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         if stop.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if not self.draining:  # the rest of the body is not read, so nothing can follow on this connection
-            headers.append((b"connection", b"close"))
+        headers.append((b"connection", b"close"))  # the rest of the body is not read, so nothing can follow on this connection
         await send({"type": "http.response.start", "status": stop.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

@@ -73,12 +73,12 @@ def _texts(value: dict[str, Any], settings: Settings) -> list[tuple[str, str | N
     else:
         texts, pair = [value["text"]], value.get("text_pair")
     if len(texts) > settings.max_batch:
-        raise Refused(f"a request may have at most {settings.max_batch} texts.", 413)
+        raise Refused(f"a request may have at most {settings.max_batch} texts.")
     for text in [*texts, *([] if pair is None else [pair])]:
         if not isinstance(text, str):
             raise Refused("a text must be a string.")
         if len(text) > settings.max_text:
-            raise Refused(f"a text may have at most {settings.max_text:,} characters.", 413)
+            raise Refused(f"a text may have at most {settings.max_text:,} characters.")
     return [(text, pair) for text in texts]
 
 

@@ -50,7 +50,7 @@ _SAYS = {
     401: "A key is needed",
     404: "No such model or version",
     408: "The body came too slowly",
-    413: "Too much: body, rows, pixels, characters or tokens",
+    413: "The body or the image is too large",
     415: "A content type or coding that is not taken",
     503: "The queue is full, or the server is stopping; see Retry-After",
 }
@@ -99,7 +99,6 @@ PREDICT = _gives(
 )
 
 _BYTES = {"type": "string", "format": "binary"}
-_FORM = {"type": "object", "required": ["file"], "properties": {"file": _BYTES}}
 
 
 def document(app: FastAPI, served: Sequence[Served], settings: Settings, keyed: bool) -> Callable[[], dict[str, Any]]:
@@ -126,7 +125,6 @@ def _document(found: dict[str, Any], served: Sequence[Served], settings: Setting
         content |= {
             "image/png": {"schema": _BYTES},
             "application/octet-stream": {"schema": _BYTES},
-            "multipart/form-data": {"schema": _FORM},
         }
     paths: dict[str, Any] = {}
     for path, methods in found["paths"].items():

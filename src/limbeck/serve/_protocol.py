@@ -92,15 +92,20 @@ def read(body: bytes, header_length: str | None, model: ServedModel, max_batch: 
     if len(rows) != 1:
         raise Refused("all inputs must have the same first dimension, the batch.")
     if not 1 <= rows.pop() <= max_batch:
-        raise Refused(f"a request may have 1 to {max_batch} rows.", 413 if max(len(a) for a in arrays.values()) > max_batch else 400)
+        raise Refused(f"a request may have 1 to {max_batch} rows.")
     if model.kind == "text":
         _same_length(arrays, model.max_length)
         if not all(((array >= 0) & (array <= 1)).all() for name, array in arrays.items() if name != "input_ids"):
             raise Refused("a mask and token types are 0 or 1.")
+        ids = arrays.get("input_ids")
+        if ids is not None and (ids.min() < 0 or (model.vocabulary is not None and ids.max() >= model.vocabulary)):
+            raise Refused(
+                f"the tokens of 'input_ids' are numbers from 0{'' if model.vocabulary is None else f' to {model.vocabulary - 1:,}'}."
+            )
     if model.kind == "image" and max(np.abs(array).max() for array in arrays.values()) > PREPARED:
         raise Refused(f"images that are not prepared: normalised pixels lie within {PREPARED:,}. /predict takes image files.")
     asked_id = head.get("id")
-    if asked_id is not None and not (isinstance(asked_id, str) and len(asked_id) <= 200):
+    if "id" in head and not (isinstance(asked_id, str) and len(asked_id) <= 200):
         raise Refused("'id' must be a text of at most 200 characters.")
     return Asked({port.name: arrays[port.name] for port in model.inputs}, asked_id, _wants_bytes(head))
 
@@ -146,6 +151,8 @@ def _numbers(name: str, data: Any, count: int, dtype: np.dtype[Any]) -> npt.NDAr
         array = np.asarray(data)
     except (ValueError, OverflowError, RecursionError):
         raise Refused(f"input '{name}': 'data' must be a list of numbers, flat or nested evenly.") from None
+    if dtype.kind == "i" and array.dtype.kind == "f" and (np.abs(array) < 2**53).all() and (array == np.rint(array)).all():
+        array = array.astype(dtype)  # JSON has one kind of number: 3.0 is 3
     kinds = "iu" if dtype.kind == "i" else "iuf"
     if array.dtype.kind not in kinds:
         raise Refused(f"input '{name}': 'data' must hold {'whole numbers' if dtype.kind == 'i' else 'numbers'} alone.")
@@ -163,7 +170,7 @@ def _same_length(arrays: Arrays, longest: int | None) -> None:
         raise Refused("all inputs must have the same length.")
     length = lengths.pop()
     if longest is not None and length > longest:
-        raise Refused(f"the inputs are {length} tokens long, and the model takes at most {longest}.", 413)
+        raise Refused(f"the inputs are {length} tokens long, and the model takes at most {longest}.")
 
 
 def _wants_bytes(head: dict[str, Any]) -> bool:
