@@ -63,6 +63,7 @@ PLACEMENT = ("unit/test_placement.py",)
 AHEAD = "                before = request, batch, future\n            if before is not None:"
 DUE = "self._present = future\n                yield request, batch"
 RUN = ("unit/test_run.py",)
+SERVE = ("unit/test_serve.py",)
 RECOMPUTE = ("unit/test_recompute.py",)
 MEMORY = ("unit/test_memory.py",)
 LOAD = ("unit/test_data_load.py",)
@@ -76,6 +77,16 @@ MUTANTS = (
         "archives-unfold-without-measure", "data/arrays.py", "if member.file_size > may_unfold_to(member.compress_size):", "if False:", LOAD
     ),
     Mutant("skipped-samples-are-not-listed", "data/splits.py", "for row in part.skipped)", "for row in part.skipped if False)", LOAD),
+    # --- serving
+    Mutant("any-file-is-served", "serve/_folder.py", "if given != wanted:", "if False:", SERVE),
+    Mutant(
+        "answers-of-a-batch-are-mixed-up",
+        "serve/_batching.py",
+        "at += item.rows\n\n    async def _run",
+        "at += 0\n\n    async def _run",
+        SERVE,
+    ),
+    Mutant("bodies-without-end", "serve/_gate.py", "if seen.bytes_in > self._settings.max_body:", "if False:", SERVE),
     # --- memory and loaders
     Mutant(
         "batch-statistics-move-twice",

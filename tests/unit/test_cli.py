@@ -19,7 +19,7 @@ from limbeck.errors import Interrupted, ParityFailed
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "numpy", "pydantic", "pyarrow", "yaml", "transformers", "torchvision"}
-COMMANDS = ("demo", "distill", "train", "evaluate", "export", "report", "losses", "models", "recipes", "convert")
+COMMANDS = ("demo", "distill", "train", "evaluate", "export", "report", "serve", "predict", "losses", "models", "recipes", "convert")
 
 
 def limbeck(*arguments: str) -> int:
