@@ -392,6 +392,7 @@ def test_texts_and_image_files_get_probabilities(
         ("?model=texts&version=7", {"json": {"text": "a"}}, 404, "no version '7'"),
         ("?model=texts", {"json": {"txt": "a"}}, 400, "'txt' is no key"),
         ("?model=texts", {"json": {"text": 3}}, 400, "must be a string"),
+        ("?model=texts", {"json": {"text": "a", "text_pair": None}}, 400, "must be a string"),
         ("?model=texts", {"json": {"text": "a", "texts": ["a"]}}, 400, "either"),
         ("?model=texts", {"json": {"texts": []}}, 400, "list of texts"),
         ("?model=texts", {"json": {"texts": ["a"] * 33}}, 400, "at most 32"),

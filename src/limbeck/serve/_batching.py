@@ -18,6 +18,10 @@ from limbeck.serve._model import Arrays, Refused, ServedModel
 __all__ = ["Answer", "Batcher", "Busy"]
 
 
+INLINE = 0.002
+"""Seconds: a batch that is expected to take less runs where it is; the way to a thread and back would cost it more than it holds up others."""
+
+
 class Busy(Exception):
     """The queue is full, or a request waited too long in it; come again in ``retry_after`` seconds."""
 
@@ -179,6 +183,9 @@ class Batcher:
                 arrays = self.model.stack(parts)
             return self.model.run(arrays)
 
+        rows = sum(item.rows for item in batch)
+        if 0 < rows * self._pace < INLINE:
+            return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 

@@ -74,7 +74,7 @@ def _texts(value: dict[str, Any], settings: Settings) -> list[tuple[str, str | N
         texts, pair = [value["text"]], value.get("text_pair")
     if len(texts) > settings.max_batch:
         raise Refused(f"a request may have at most {settings.max_batch} texts.")
-    for text in [*texts, *([] if pair is None else [pair])]:
+    for text in [*texts, *([pair] if "text_pair" in value else [])]:
         if not isinstance(text, str):
             raise Refused("a text must be a string.")
         if len(text) > settings.max_text:

@@ -122,10 +122,7 @@ def _document(found: dict[str, Any], served: Sequence[Served], settings: Setting
     if "text" in kinds:
         content["application/json"] = {"schema": _texts(settings)}
     if "image" in kinds:
-        content |= {
-            "image/png": {"schema": _BYTES},
-            "application/octet-stream": {"schema": _BYTES},
-        }
+        content["image/png"] = {"schema": _BYTES}  # any image; forms and octets too, whose content no schema can tell from noise
     paths: dict[str, Any] = {}
     for path, methods in found["paths"].items():
         for operation in methods.values():
