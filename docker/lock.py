@@ -29,7 +29,19 @@ LINES = {
 }
 JUPYTER = ["jupyterlab>=4.4"]
 # limbeck itself is installed without its dependencies there; its command line needs the last three.
-SERVE = ["onnxruntime", "numpy", "fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21", "pillow", "typer", "pydantic", "PyYAML"]
+SERVE = [
+    "onnxruntime",
+    "numpy",
+    "fastapi>=0.115",
+    "uvicorn>=0.34",
+    "httptools>=0.6",
+    "python-multipart>=0.0.18",
+    "prometheus-client>=0.21",
+    "pillow",
+    "typer",
+    "pydantic",
+    "PyYAML",
+]
 SERVE_ALONE = ["tokenizers"]  # needs what it names only to ask a hub
 
 

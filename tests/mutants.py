@@ -429,7 +429,7 @@ MUTANTS = (
         BATCHES,
     ),
     Mutant("view-never-changes", "data/batches.py", "epoch if self.views is None else epoch % self.views", "0", BATCHES),
-    Mutant("mean-not-subtracted", "data/batches.py", "out[:, channel] -= kind(mean / std)", "pass", BATCHES),
+    Mutant("mean-not-subtracted", "pixels.py", "out[:, channel] -= kind(mean / std)", "pass", BATCHES),
     Mutant(
         "teacher-gets-the-students-preparation",
         "data/batches.py",
