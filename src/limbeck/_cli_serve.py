@@ -50,9 +50,9 @@ def serve(
     drain: Annotated[str, _limit("--drain", "S", "After SIGTERM, for answers that are being made.")] = "60",
     no_access_log: Annotated[bool, typer.Option("--no-access-log", help="No line of JSON on standard output for each request.")] = False,
 ) -> None:
-    """Serve exported students over HTTP: the Open Inference Protocol v2, /predict, and a page at /.
+    """Put exported students behind HTTP.
 
-    A key in LIMBECK_API_KEY is required of every client. SIGTERM ends it once all accepted requests are answered.
+    The Open Inference Protocol v2, /predict for texts and image files, and a page at / to try them. A key in LIMBECK_API_KEY is required of every client. SIGTERM ends it once all accepted requests are answered.
     """
     problems: list[Problem] = []
 
@@ -144,7 +144,7 @@ def predict(
     top: Annotated[str, typer.Option("--top", metavar="K", help="Classes with their probability; 0: all.")] = "5",
     batch_size: Annotated[str, typer.Option("--batch-size", metavar="N", help="Samples that run at once.")] = "32",
 ) -> None:
-    """Answer files, folders, tables or standard input with the exported student.
+    """Answer files or standard input with a student.
 
     A line for each on standard output. Inputs that cannot be read get a line with their error, and the exit code is 3.
     """
