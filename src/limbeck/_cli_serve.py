@@ -52,7 +52,8 @@ def serve(
 ) -> None:
     """Put exported students behind HTTP.
 
-    The Open Inference Protocol v2, /predict for texts and image files, and a page at / to try them. A key in LIMBECK_API_KEY is required of every client. SIGTERM ends it once all accepted requests are answered.
+    The Open Inference Protocol v2, /predict for texts and image files, and a page at / to try them. A key in
+    LIMBECK_API_KEY is required of every client. SIGTERM ends it once all accepted requests are answered.
     """
     problems: list[Problem] = []
 
