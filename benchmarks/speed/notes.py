@@ -13,8 +13,8 @@ NOTES: dict[str, str] = {
     "P12": "Whole commands are timed, and the formula has no start, no evaluation, no measuring of the teacher's speed and no report, of which the "
     "sweep has five of most and the five runs have five of all.",
     "P5": "The totals are one run each, so there is no interval. What is filled holds the teacher's answers on the 128 test rows too "
-    "(5 % of one view of 2,560 rows), which the live run leaves out as evaluation; the rest (finding the directory, hashing the teacher, writing with fsync) was not "
-    "profiled by itself.",
+    "(5 % of one view of 2,560 rows), which the live run leaves out as evaluation; the rest (finding the directory, hashing the teacher, "
+    "writing with fsync) was not profiled by itself.",
     "P7": "NumPy's memmap itself is 2.3 to 2.7 times as fast as LMDB here, so three times LMDB is beyond any checked store. The store "
     "pays for one search by id and for putting rows of several parts back into the batch's order; merging finished parts would save the second.",
 }
