@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from limbeck._choices import teacher_choice
+from limbeck._machine import processors
 from limbeck._teaching import Answers, Identity
 from limbeck.cache import Reader, Stored, compare, create, fill, read_manifest
 from limbeck.data import BatchBuilder
@@ -84,7 +84,7 @@ def keep_answers(
         stored = answers.stored(manifest, purpose)
         live = LiveTeacher(model, engine, None, meter)
         builder = parts.builder(split, training=purpose == "teach", student=model.preprocessing)
-        threads = 1 if split.source.in_memory else _cpus()
+        threads = 1 if split.source.in_memory else processors()
         if verify and manifest.parts and ranks.main:
             compared = _verify(answers, purpose, folder, stored, live, builder, verify)
             if compared:
@@ -129,10 +129,6 @@ def _made(
         "threads": torch.get_num_threads(),
     }
     return made, why
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _asker(live: LiveTeacher, stored: Stored, builder: BatchBuilder, threads: int) -> Callable[[list[Any], int], Iterator[dict[str, Any]]]:

@@ -14,17 +14,15 @@ from limbeck._cli_run import print_json
 
 FAILED = 3
 
-NoNetwork = Annotated[bool, typer.Option("--no-network", help="Do not ask whether the hub answers.")]
 
-
-def doctor(json: Json = False, no_network: NoNetwork = False) -> None:
+def doctor(json: Json = False) -> None:
     """What this machine can do, and what to mend.
 
     Ends with 0 where nothing fails (warnings included), with 3 where something does.
     """
     from limbeck.doctor import examine
 
-    found = examine(network=not no_network)
+    found = examine()
     if json:
         print_json(found)
     else:

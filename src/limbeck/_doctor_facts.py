@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limbeck._machine import Memory, cpus_allowed, in_container, memory, shared_memory, space_left
+from limbeck._machine import Memory, cpus_allowed, in_container, memory, shared_memory
+from limbeck.run import existing_parent
 
 __all__ = ["Cuda", "Device", "Facts", "Folder", "gather"]
 
@@ -95,8 +97,8 @@ class Facts:
     tokens: tuple[str, ...]
 
 
-def gather(*, network: bool = True) -> Facts:
-    """Look at this machine; about ten seconds, most of them for measuring. network: whether the hub is asked for."""
+def gather() -> Facts:
+    """Look at this machine; about ten seconds, most of them for measuring."""
     import torch
 
     cuda = _cuda()
@@ -126,7 +128,7 @@ def gather(*, network: bool = True) -> Facts:
         lock_file=lock,
         offline=offline,
         hub=hub,
-        hub_error=None if offline or hub is None or not network else _asked(hub),
+        hub_error=None if offline or hub is None else _asked(hub),
         tokens=tuple(sorted(name for name, value in os.environ.items() if value and re.search(r"TOKEN|API_KEY|SECRET", name))),
     )
 
@@ -303,13 +305,13 @@ def _folders() -> list[Path]:
 
 def _folder(path: Path) -> Folder:
     there = path.is_dir()
-    place = next(p for p in [path, *path.absolute().parents] if p.is_dir())
+    place = existing_parent(path)
     try:
         with tempfile.NamedTemporaryFile(prefix=".limbeck-doctor-", dir=place):
             writable = True
     except OSError:
         writable = False
-    return Folder(path, there, writable, space_left(path))
+    return Folder(path, there, writable, shutil.disk_usage(place).free)
 
 
 def _locked() -> tuple[str, dict[str, str] | None]:

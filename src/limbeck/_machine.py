@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "cpus_allowed", "in_container", "memory", "shared_memory", "space_left"]
+__all__ = ["SHARED_ENOUGH", "Memory", "cpus_allowed", "in_container", "memory", "processors", "shared_memory"]
+
+SHARED_ENOUGH = 512 << 20
+"""Bytes of shared memory below which loader processes are not started by themselves."""
 
 _UNLIMITED = 1 << 60  # what control groups write where there is no limit is near 2**63
 
@@ -32,6 +34,11 @@ def cpus_allowed(root: Path = Path("/")) -> float:
         if quota.isdigit() and period.isdigit() and int(period):
             count = min(count, int(quota) / int(period))
     return count
+
+
+def processors() -> int:
+    """The same as a whole number, for how many threads or processes to start."""
+    return max(1, int(cpus_allowed()))
 
 
 def memory(root: Path = Path("/")) -> Memory | None:
@@ -62,16 +69,6 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail
-
-
-def space_left(folder: Path) -> int | None:
-    """Bytes free on the disk of ``folder``, or of its nearest parent that is there."""
-    for place in [folder, *folder.absolute().parents]:
-        try:
-            return shutil.disk_usage(place).free
-        except OSError:
-            continue
-    return None
 
 
 def in_container(root: Path = Path("/")) -> bool:

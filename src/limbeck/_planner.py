@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck._asking import block_rows, engine_of_teacher
+from limbeck._machine import processors
 from limbeck._microbatch import copies_of, how_to_train, with_accumulate
 from limbeck._parts import Parts
 from limbeck._teaching import Answers, Identity, Known, directories_of
@@ -444,7 +445,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
         before=own[1] if own is not None else 0.0,
         # the last batch of an epoch may be smaller; with stages, an epoch is the mean of all
         epoch=lambda compute, loading: (
-            visits / recipe.train.epochs / few.rows * overlapped(compute, loading, workers=workers, threads=threads, cores=_cores())
+            visits / recipe.train.epochs / few.rows * overlapped(compute, loading, workers=workers, threads=threads, cores=processors())
         ),
         seeds=job.seeds,
         apart=_apart(begun),
@@ -576,10 +577,6 @@ def _threads(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 0
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _teacher_of(begun: Beginning, recipe: Recipe, complete: bool) -> tuple[Teacher | None, dict[str, Any]]:
     """The teacher as the loop would have it (its cache, where every answer is there), and how it runs and why."""
     if begun.known is None or begun.table is not None:
@@ -639,7 +636,7 @@ def _train_teacher(begun: Beginning, data: Data, recipe: Recipe, progress: Progr
     recipe = with_accumulate(recipe, accumulate)
     trained = _train(model, None, objective, few.batches, few.widest, engine, recipe, varied=few.varied)
     workers, _ = choose_workers(recipe.train.workers, data.train, parts.augment)
-    step = overlapped(trained.seconds, few.seconds, workers=workers, threads=_threads(begun.device), cores=_cores())
+    step = overlapped(trained.seconds, few.seconds, workers=workers, threads=_threads(begun.device), cores=processors())
     return trained, recipe.train.epochs * len(parts.labelled) / few.rows * step
 
 
@@ -654,7 +651,7 @@ def _fill_row(begun: Beginning, teacher: LiveTeacher, recipe: Recipe, kept: bool
     # texts are asked for in blocks of similar length: a short, a middle and a long one
     starts = [0] if lengths is None else [(2 * i + 1) * len(split) // 6 - block // 2 for i in range(3)]
     rows, seconds, working = 0, 0.0, 0
-    helpers = 1 if split.source.in_memory else _cores()
+    helpers = 1 if split.source.in_memory else processors()
     for start in starts:
         chosen = order[max(0, min(start, len(split) - block)) :][:block]
         began = time.perf_counter()
@@ -663,7 +660,7 @@ def _fill_row(begun: Beginning, teacher: LiveTeacher, recipe: Recipe, kept: bool
         asked = teacher.engine.send(replace(batch, teacher=batch.student))
         took, used = _answering(teacher, asked, needs)
         rows, working = rows + len(chosen), max(working, used)
-        seconds += overlapped(took, loading, workers=helpers, threads=threads, cores=_cores())
+        seconds += overlapped(took, loading, workers=helpers, threads=threads, cores=processors())
     if not kept:
         batch = parts.first_batch(recipe, with_teacher=True, ask=True)
         _, working = _answering(teacher, teacher.engine.send(batch), needs)

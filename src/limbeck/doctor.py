@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from limbeck._doctor_facts import Cuda, Device, Facts, gather
+from limbeck._machine import SHARED_ENOUGH
 
 __all__ = ["Finding", "examine", "has_kernels", "judge"]
 
@@ -40,9 +41,9 @@ class Finding:
     mend: str = ""
 
 
-def examine(*, network: bool = True) -> dict[str, Any]:
+def examine() -> dict[str, Any]:
     """Look at this machine: ``{"findings": [{name, level, found, mend}], "level": the worst, "counts": {ok, warn, fail}}``."""
-    findings = judge(gather(network=network))
+    findings = judge(gather())
     counts = {level: sum(f.level == level for f in findings) for level in ("ok", "warn", "fail")}
     worst = "fail" if counts["fail"] else "warn" if counts["warn"] else "ok"
     return {"level": worst, "counts": counts, "findings": [vars(f) for f in findings]}
@@ -221,7 +222,7 @@ def _shared_memory(facts: Facts) -> list[Finding]:
         return []
     size, free = facts.shared_memory
     found = f"/dev/shm has {free / (1 << 20):,.0f} MiB free of {size / (1 << 20):,.0f} MiB"
-    if free < 512 << 20:
+    if free < SHARED_ENOUGH:
         mend = (
             "Too little for loader processes: data are read by a thread instead, which is slower for files. Docker: --shm-size=8g. Kubernetes: an "
             "emptyDir with medium: Memory at /dev/shm."

@@ -209,7 +209,7 @@ def soft_labels(
     ]
     if wrong or not logits:
         raise UsageError(wrong or [Problem("answers", "no model was given.")])
-    soft = {name: _softmax(values / temperature) for name, values in logits.items()}
+    soft = {name: torch.from_numpy(values / temperature).softmax(-1).numpy() for name, values in logits.items()}
     pictures = samples is not None and not isinstance(samples[items[0]], str)
     with _figure(2 if pictures else 1, len(items), width=4.2, height=1.9, ratios=[1, 3] if pictures else None) as (figure, axes):
         for number, item in enumerate(items):
@@ -370,8 +370,3 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in before.items():
             m.training = training
-
-
-def _softmax(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return np.asarray(e / e.sum(-1, keepdims=True))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import yaml
 
+from limbeck._begin import begin, job_of
 from limbeck.errors import Stopped, UsageError
 from limbeck.ranks import ALONE, Ranks, joined, meet, restarted
+from limbeck.reading import absolute, build_recipe
+from running import make_folder, recipe
 
 
 def together(store: dist.HashStore, size: int, late: dict[int, float] | None = None) -> set[str]:
@@ -70,3 +76,13 @@ def test_other_facts_are_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "from_main", lambda self, make: {"data": "theirs", "seeds": 1})
     with pytest.raises(UsageError, match="data is ours, and the main rank has theirs"):
         other.agree({"data": "ours", "seeds": 1})
+
+
+def test_one_device_for_all_processes_of_a_machine_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    read = absolute(build_recipe(yaml.safe_load(recipe(folder).read_text()), command="distill"), folder)
+    # where there is no such device the recipe is refused before
+    there = read.model_copy(update={"train": read.train.model_copy(update={"device": "cuda:0"})})
+    job = job_of(there, folder, folder / "run")
+    with pytest.raises(UsageError, match="got cuda:0, on which all 2 processes of this machine would work"):
+        begin(replace(job, ranks=Ranks(local_size=2)))

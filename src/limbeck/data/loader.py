@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from limbeck._machine import shared_memory
+from limbeck._machine import SHARED_ENOUGH, processors, shared_memory
 from limbeck.data.batches import Request
 from limbeck.data.splits import Split
 from limbeck.errors import LimbeckError, Problem, UsageError
@@ -276,9 +276,9 @@ def choose_workers(setting: int | Literal["auto"], split: Split, augment: Augmen
         return 0, f"{len(split)} samples are fewer than worth starting processes for"
     if script is not None:
         return 0, f"{script} {guard}"
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = processors()
     there = shared_memory()
-    if there is not None and there[1] < 512 << 20:
+    if there is not None and there[1] < SHARED_ENOUGH:
         return 0, f"/dev/shm has only {there[1] >> 20} MiB free for batches of worker processes (docker: --shm-size=8g)"
     shared = f" for {ranks} ranks" if ranks > 1 else ""
     return min(8, max(1, cpus // ranks - 1)), f"samples are decoded when they are read, and there are {cpus} CPUs{shared}"
