@@ -631,6 +631,7 @@ MUTANTS = (
         "(slice(0, TRACE_BATCH),)",
         ("unit/test_export.py::test_the_cases_avoid_what_is_traced",),
     ),
+    Mutant("interpreter-taken-down", "cli.py", "    os._exit(code)", "    sys.exit(code)", ("unit/test_cli.py::TestTheEnd",)),
 )
 
 

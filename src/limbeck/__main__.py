@@ -1,6 +1,6 @@
 """``python -m limbeck``, and so ``torchrun --nproc-per-node N -m limbeck``."""
 
-from limbeck.cli import main
+from limbeck.cli import console
 
 if __name__ == "__main__":
-    main()
+    console()

@@ -6,6 +6,8 @@ recipe judges them, so that all mistakes of a command line are told at once.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ from limbeck._cli_runs import compare, evaluate, export, report
 from limbeck._cli_serve import predict, serve
 from limbeck._cli_show import share, table
 
-__all__ = ["app", "main"]
+__all__ = ["app", "console", "main"]
 
 app = typer.Typer(
     name="limbeck",
@@ -331,5 +333,28 @@ app.add_typer(cache_app, name="cache")
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "limbeck") -> NoReturn:
-    """The console script: runs a command and leaves with its exit code."""
+    """Runs a command.
+
+    Raises: SystemExit with its exit code.
+    """
     sys.exit(call(typer.main.get_command(app), sys.argv[1:] if arguments is None else list(arguments), program))
+
+
+def console() -> NoReturn:
+    """The console script: runs a command and ends the process.
+
+    An interpreter that is taken down ends the process with abort() when a native thread still wants it: one of a process group or of a loader that
+    lets go of its last work a moment after the main thread. So all that Python does at its end is done, but for taking it down.
+    """
+    code: Any = 1
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

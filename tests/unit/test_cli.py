@@ -109,6 +109,35 @@ class TestHelp:
         assert not teacher & words
 
 
+class TestTheEnd:
+    def test_a_native_thread_that_is_still_at_work_ends_with_the_process(self, tmp_path: Path) -> None:
+        """Taken down in the ordinary way, the interpreter ends with SIGABRT here: as it did once in a while behind a process group."""
+        code = (
+            "import atexit, sys, threading\nimport torch\n"
+            "def work():\n    x = torch.ones(200, 200)\n    while True:\n        x @ x\n"
+            "threading.Thread(target=work, daemon=True).start()\n"
+            "atexit.register(lambda: open('left', 'w').close())\n"
+            "from limbeck.cli import console\nsys.argv[0] = 'limbeck'\nconsole()\n"
+        )
+        for arguments, expected in ((["losses"], 0), (["losses", "kdd"], 2)):
+            done = subprocess.run(
+                [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            )
+            assert done.returncode == expected, done.stderr
+            assert ("similarity_preserving" in done.stdout) == (expected == 0)
+            assert "Traceback" not in done.stderr
+            (tmp_path / "left").unlink()  # what was registered for the end of the program has run
+
+    def test_a_mistake_of_our_own_keeps_its_traceback(self, tmp_path: Path) -> None:
+        code = (
+            "import limbeck.cli as cli\ndef bad(*_):\n    raise ZeroDivisionError('ours')\ncli.call = bad\n"
+            "import sys\nsys.argv = ['limbeck', 'losses']\ncli.console()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("Traceback") and done.stderr.endswith("ZeroDivisionError: ours\n")
+
+
 class TestListings:
     def test_losses(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert limbeck("losses") == 0
