@@ -135,7 +135,8 @@ class TestTheEnd:
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 1
-        assert done.stderr.startswith("Traceback") and done.stderr.endswith("ZeroDivisionError: ours\n")
+        assert done.stderr.startswith("Traceback")
+        assert done.stderr.endswith("ZeroDivisionError: ours\n")
 
 
 class TestListings:
