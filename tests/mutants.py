@@ -470,7 +470,21 @@ MUTANTS = (
     Mutant("student-left-in-eval", "loop.py", "        state.module.train()\n", "", LOOP),
     Mutant("warm-up-ignored", "loop.py", "warm = round(settings.warmup * total)", "warm = 0", LOOP),
     Mutant("bad-step-taken", "loop.py", "return skipped.float()", "return None", LOOP),
-    Mutant("bad-step-seen-too-late", "loop.py", "        self.look()\n        if not (", "        if not (", LOOP),
+    Mutant("bad-step-seen-too-late", "loop.py", "        self.look()\n        state = ", "        state = ", LOOP),
+    Mutant(
+        "spoilt-state-used",
+        "loop.py",
+        "for x in (loss, norm, state))",
+        "for x in (loss, norm))",
+        ("faults/test_r08_to_r12.py::test_r9_not_finite",),
+    ),
+    Mutant(
+        "spoilt-state-saved",
+        "loop.py",
+        "        watch.refuse_spoilt(done.steps)\n        recorder",
+        "        recorder",
+        ("faults/test_r08_to_r12.py::test_r9_not_finite",),
+    ),
     Mutant("bad-step-saved", "loop.py", "    def commit() -> None:\n        watch.look()\n", "    def commit() -> None:\n", LOOP),
     Mutant(
         "decoded-image-believed",

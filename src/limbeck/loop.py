@@ -106,7 +106,6 @@ def fit(
     scaler = engine.scaler()
     average = Average(module, settings.ema) if settings.ema is not None else None
     state = _State(module, objective, optimizer, scaler, average)
-    watch = _Watch(optimizer, scaler, engine, [module, objective], recorder.role, ranks)
     epochs = len(feed.rounds)
     done = Trained(0, 0.0, epochs - 1)
 
@@ -122,11 +121,13 @@ def fit(
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
     ranks.tell(done.steps)
     touch = Step(optimizer)
+    watch = _Watch(touch, scaler, engine, parameters, [module, objective], recorder.role, ranks)
     began = time.perf_counter() - done.seconds
     rate, wait = _Rate(), _Wait(feed.workers)
 
     def commit() -> None:
         watch.look()
+        watch.refuse_spoilt(done.steps)
         recorder.log.write({"role": recorder.role, "step": done.steps, "checkpoint": True})
         if ranks.main:
             checkpoint.save(recorder.checkpoints, done.steps, {**state.capture(done), "log_offset": recorder.log.offset})
@@ -228,6 +229,7 @@ def fit(
                     recorder.log.write({"role": recorder.role, "step": done.steps, "slow_loader": slow})
                     recorder.progress.say(f"{recorder.role}: {slow}")
             if epoch_ends:
+                watch.refuse_spoilt(done.steps)
                 _close_epoch(epoch, epochs, request.stage, state, done, settings, recorder)
                 rate.restart()
                 wait.restart()
@@ -538,7 +540,8 @@ class _Facts:
 
 
 class _Watch:
-    """Stops a fit at the step whose loss or gradient is not finite, before the weights are touched.
+    """Stops a fit at the step whose loss, gradient or optimiser's state is not finite, before the weights are touched; and where what a step has
+    made of them is not finite, before that is validated or saved.
 
     On a CPU it is looked at at once. On CUDA a look makes the host wait for the device, and then the device for the host. So the optimiser is told
     there by a tensor (``found_inf`` of its kernels, made for torch's gradient scaler) and leaves the weights alone where that says so. The
@@ -548,16 +551,17 @@ class _Watch:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        touch: Step,
         scaler: torch.amp.GradScaler,
         engine: Engine,
+        parameters: list[Tensor],
         modules: list[nn.Module],
         role: str,
         ranks: Ranks,
     ) -> None:
-        self._scaler, self._engine, self._role, self._ranks = scaler, engine, role, ranks
-        names = {id(p): name for module in modules for name, p in module.named_parameters()}
-        self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        self._touch, self._scaler, self._engine, self._role, self._ranks = touch, scaler, engine, role, ranks
+        self._parameters = parameters
+        self._name = {id(p): name for module in modules for name, p in module.named_parameters()}
         self._kept: tuple[_Facts, Tensor, torch.cuda.Event | None] | None = None
 
     def judge(self, facts: _Facts, loss: Tensor, norm: Tensor) -> Tensor | None:
@@ -567,15 +571,16 @@ class _Watch:
         Raises: NonFinite for this step, or for the one before.
         """
         self.look()
+        state = self._touch.largest()
         if not (self._engine.asynchronous or self._scaler.is_enabled()):
-            if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
+            if not all(math.isfinite(float(x)) for x in (loss, norm, state)):
                 raise self._error(facts)
             return None
-        skipped = ~(loss.isfinite() & norm.isfinite())
+        skipped = ~(loss.isfinite() & norm.isfinite() & state.isfinite())
         bad = skipped
         if self._scaler.is_enabled():  # it tries again with half the scale, for as long as there is one
             half = self._scaler.scale(torch.ones_like(loss)) * self._scaler.get_backoff_factor()
-            bad = ~loss.isfinite() | (skipped & (half < 1))
+            bad = ~(loss.isfinite() & state.isfinite()) | (skipped & (half < 1))
         told = bad.to("cpu", non_blocking=True)  # into page-locked memory, as torch does it
         event = None
         if bad.is_cuda:
@@ -595,6 +600,20 @@ class _Watch:
         if bool(told):
             raise self._error(facts)
 
+    def refuse_spoilt(self, steps: int) -> None:
+        """Raises: NonFinite if the weights, or the optimiser's state, are not finite after ``steps`` steps; they are the same on all ranks."""
+        bad = [p for p in self._parameters if not bool(p.isfinite().all())]
+        what = "weights"
+        if not bad and not math.isfinite(float(self._touch.largest())):
+            bad, what = self._touch.spoilt(), "the optimiser's state"
+        if bad:
+            text = f"Step {steps} of the {self._role} left NaN or infinity in {what} of {self._names(bad)}. Nothing was saved of it"
+            raise self._ranks.told_by_main(NonFinite(f"{text}, and the last checkpoint is kept. Lower train.lr or set train.clip_norm."))
+
+    def _names(self, parameters: list[Tensor]) -> str:
+        names = [self._name[id(p)] for p in parameters]
+        return f"{', '.join(names[:4])}{' and more' if len(names) > 4 else ''}"
+
     def _error(self, facts: _Facts) -> LimbeckError:
         """Loss and norm are sums over all ranks, so all of them are here: one whose own loss is bad can say where."""
         concerned = any(not math.isfinite(float(seen.loss)) for seen in facts.seen)
@@ -606,8 +625,12 @@ class _Watch:
         for seen in facts.seen:
             if not math.isfinite(float(seen.loss)):
                 return f"{start}{_bad_loss(seen)}. {end}Lower train.lr, set train.clip_norm, or look at these samples."
-        bad = [name for name, norm in zip(self._names, facts.norms.tolist(), strict=True) if not math.isfinite(norm)]
-        named = f"{', '.join(bad[:4])}{' and more' if len(bad) > 4 else ''}" if bad else "all parameters together"
+        spoilt = self._touch.spoilt()
+        if spoilt:
+            text = f"the optimiser's state of {self._names(spoilt)} has NaN or infinity since the step before. {end}"
+            return f"{start}{text}Go on from it with --resume; if it comes back, lower train.lr or set train.clip_norm."
+        bad = [p for p, norm in zip(self._parameters, facts.norms.tolist(), strict=True) if not math.isfinite(norm)]
+        named = self._names(bad) if bad else "all parameters together"
         return (
             f"{start}the loss is finite but the gradient of {named} is not, for {_ids(facts.batch, facts.batch.mask)}. {end}"
             "Lower train.lr or use precision: float32."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Step:
 
     That is a record for its profiler, hooks, new lists of tensors, and their grouping by device and dtype: as long as the whole backward pass
     of a tiny model. Here the lists are made once, so make this after the optimiser's state was restored. The counts of Adam's steps become views
-    of one tensor, which one addition raises.
+    of one tensor, which one addition raises, and the moments views of another, at which one look is enough (:meth:`largest`).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -65,7 +66,20 @@ class Step:
             for state, count in zip(states, self._counts, strict=True):
                 state["step"] = count
         names = ("exp_avg", "exp_avg_sq", "step") if self._adam else ("momentum_buffer",)
+        self._moments = _side_by_side(optimizer, names[: 2 if self._adam else 1])
         self._lists = [_columns(group["params"], optimizer.state, names) for group in optimizer.param_groups]
+
+    def largest(self) -> Tensor:
+        """The largest magnitude among the moments, (): NaN or infinity where one of them is that. 0 where the optimiser keeps none."""
+        if not self._moments.numel():
+            return self._moments.new_zeros(())
+        largest: Tensor = torch.linalg.vector_norm(self._moments, math.inf)
+        return largest
+
+    def spoilt(self) -> list[Tensor]:
+        """The parameters some moment of which is not finite."""
+        states = self._optimizer.state
+        return [p for p, state in states.items() if not all(bool(t.isfinite().all()) for t in state.values())]
 
     @torch.no_grad()
     def __call__(self, skipped: Tensor | None) -> None:
@@ -95,6 +109,24 @@ class Step:
             torch._fused_sgd_(
                 parameters, gradients, *states, momentum=momentum, nesterov=nesterov, dampening=0.0, is_first_step=False, **common
             )
+
+
+_ALIGNED = 16  # elements: where the kernels of a device read several at once, a tensor begins where they may
+
+
+def _side_by_side(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> Tensor:
+    """The states of these names as views of one tensor, which is returned; the gaps between them are zero."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = [(optimizer.state[p], name) for p in parameters for name in names if name in optimizer.state.get(p, {})]
+    starts, end = [], 0
+    for state, name in found:
+        starts.append(end)
+        end += -(-state[name].numel() // _ALIGNED) * _ALIGNED
+    joint = torch.zeros(end, dtype=parameters[0].dtype, device=parameters[0].device)
+    for (state, name), start in zip(found, starts, strict=True):
+        own = state[name]
+        state[name] = joint.as_strided(own.shape, own.stride(), start).copy_(own)
+    return joint
 
 
 def _columns(parameters: list[Any], state: Any, names: tuple[str, ...]) -> tuple[list[Any], ...]:

@@ -125,3 +125,26 @@ def test_the_first_momentum_is_the_gradient_by_the_formula() -> None:
             velocity = 0.9 * velocity + gradient
             weight -= 0.1 * (gradient + 0.9 * velocity)
     np.testing.assert_allclose(module.weight.detach().numpy(), weight, rtol=0, atol=1e-14)
+
+
+@kinds
+def test_one_look_sees_every_moment(kind: dict[str, Any]) -> None:
+    module = net()
+    optimizer = ours(kind, module)
+    touch = Step(optimizer)
+    gradients(0, module)
+    touch(None)
+    moments = [(p, t) for p, state in optimizer.state.items() for name, t in state.items() if name != "step"]
+    assert len(moments) == (6 * (2 if "adam" in kind["optimizer"] else 1) if kind.get("momentum", 0.9) else 0)
+    largest = max((float(t.abs().max()) for _, t in moments), default=0.0)
+    assert float(touch.largest()) == largest
+    for p, t in moments:
+        for place in (0, t.numel() - 1):
+            memory = t.as_strided((t.numel(),), (1,), t.storage_offset())
+            kept = memory[place].clone()
+            for value in (float("nan"), float("-inf")):
+                memory[place] = value
+                assert not touch.largest().isfinite()
+                assert [id(q) for q in touch.spoilt()] == [id(p)]
+            memory[place] = kept
+    assert float(touch.largest()) == largest
