@@ -571,7 +571,7 @@ class _Watch:
         Raises: NonFinite for this step, or for the one before.
         """
         self.look()
-        state = self._touch.largest()
+        state = self._touch.total()
         if not (self._engine.asynchronous or self._scaler.is_enabled()):
             if not all(math.isfinite(float(x)) for x in (loss, norm, state)):
                 raise self._error(facts)
@@ -604,7 +604,7 @@ class _Watch:
         """Raises: NonFinite if the weights, or the optimiser's state, are not finite after ``steps`` steps; they are the same on all ranks."""
         bad = [p for p in self._parameters if not bool(p.isfinite().all())]
         what = "weights"
-        if not bad and not math.isfinite(float(self._touch.largest())):
+        if not bad and not math.isfinite(float(self._touch.total())):
             bad, what = self._touch.spoilt(), "the optimiser's state"
         if bad:
             text = f"Step {steps} of the {self._role} left NaN or infinity in {what} of {self._names(bad)}. Nothing was saved of it"

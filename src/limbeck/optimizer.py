@@ -53,7 +53,7 @@ class Step:
 
     That is a record for its profiler, hooks, new lists of tensors, and their grouping by device and dtype: as long as the whole backward pass
     of a tiny model. Here the lists are made once, so make this after the optimiser's state was restored. The counts of Adam's steps become views
-    of one tensor, which one addition raises, and the moments views of another, at which one look is enough (:meth:`largest`).
+    of one tensor, which one addition raises, and the moments views of another, at which one look is enough (:meth:`total`).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -69,12 +69,12 @@ class Step:
         self._moments = _side_by_side(optimizer, names[: 2 if self._adam else 1])
         self._lists = [_columns(group["params"], optimizer.state, names) for group in optimizer.param_groups]
 
-    def largest(self) -> Tensor:
-        """The largest magnitude among the moments, (): NaN or infinity where one of them is that. 0 where the optimiser keeps none."""
-        if not self._moments.numel():
-            return self._moments.new_zeros(())
-        largest: Tensor = torch.linalg.vector_norm(self._moments, math.inf)
-        return largest
+    def total(self) -> Tensor:
+        """The sum of all moments, (): it is finite exactly where every one of them is, and costs less than the largest magnitude.
+
+        Finite moments have a finite sum as long as the gradients' norms were: the sum of exp_avg_sq is an average of squared norms.
+        """
+        return self._moments.sum()
 
     def spoilt(self) -> list[Tensor]:
         """The parameters some moment of which is not finite."""

@@ -16,8 +16,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ __all__ = [
     "write_atomic",
     "write_json",
 ]
+
+_TOGETHER = 1.0
+"""Seconds for which what goes to the boards is kept, to be handed over at once."""
 
 # .NAME.PID.tmp, .NAME.PID.old.tmp, and tempfile's .NAME.xxxxxxxx.tmp
 _LEFT_OVER = re.compile(r"\..+\.(\d+|\d+\.old|[a-z0-9_]{8})\.tmp")
@@ -191,6 +195,8 @@ class Log:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._writer, self._board_folder = _summary_writer() if tensorboard else None, folder / "tensorboard"
         self._boards: dict[str, Any] = {}
+        self._waiting: list[Callable[[], None]] = []
+        self._handed = time.monotonic()
         self._trackers: list[_Wandb | _Mlflow] = []
 
     def track(self, names: list[str], folder: Path, config: dict[str, Any]) -> None:
@@ -239,11 +245,21 @@ class Log:
                 from tensorboard.compat.proto.summary_pb2 import Summary
 
                 values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-                self._boards[role].file_writer.add_summary(Summary(value=values), step)
+                # The board's thread keeps what it gets for two minutes anyway, and waking it costs as much as a step of a small model.
+                add, now = self._boards[role].file_writer.add_summary, time.time()
+                self._waiting.append(partial(add, Summary(value=values), step, walltime=now))
+                if time.monotonic() - self._handed > _TOGETHER:
+                    self._hand_over()
         if not scalars:
             return
         for tracker in self._trackers:
             tracker.send({f"{role}/{name}": value for name, value in scalars.items()}, step)
+
+    def _hand_over(self) -> None:
+        """What was kept for the boards, to their threads."""
+        waiting, self._waiting, self._handed = self._waiting, [], time.monotonic()
+        for add in waiting:
+            add()
 
     def _append(self, raw: bytes) -> None:
         """The whole line or nothing of it: a disk that runs full takes a part first."""
@@ -259,6 +275,8 @@ class Log:
         """End every session; called while an exception passes, they end as failed."""
         failed = sys.exc_info()[0] is not None
         self._file.close()
+        with contextlib.suppress(OSError) if failed else disk_errors(self._board_folder):
+            self._hand_over()
         for board in self._boards.values():
             # what the board could not write on a full disk is told again here, and must not take the place of what passes
             with contextlib.suppress(OSError) if failed else disk_errors(self._board_folder):
