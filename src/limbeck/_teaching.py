@@ -33,7 +33,7 @@ from limbeck.cache import (
     seal,
 )
 from limbeck.cache import directories as cache_directories
-from limbeck.cache._manifest import Column, key_of
+from limbeck.cache._manifest import Column, key_of, locked
 from limbeck.data import Data
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, architecture_sha256, class_map, normalised_by_data, preprocessing_identity, state_hash
@@ -205,7 +205,8 @@ class Answers:
 
     def keep_figures(self, found: Mapping[str, Any], device: torch.device) -> None:
         folder = self.folders["test"]
-        write_atomic(folder / FIGURES, seal({"of": folder.name, "figures": {**found, "measured_on": machine(device)}}))
+        with locked(folder / ".lock"):
+            write_atomic(folder / FIGURES, seal({"of": folder.name, "figures": {**found, "measured_on": machine(device)}}))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

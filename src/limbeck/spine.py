@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
 from limbeck._roles import NOTHING, Cost, Shared, State, engine_from_main, train_role, train_teacher
 from limbeck.analysis import analyse
-from limbeck.cache import CachedTeacher, TableTeacher
+from limbeck.cache import CachedTeacher, TableTeacher, tidy
 from limbeck.data import SKIPPED, Data, choose_workers, skipped_csv, text_of, thumbnail
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, Problem, Stopped, UsageError
@@ -259,6 +260,9 @@ def _teacher_at_work(
         )
     else:
         why = {"measured": [], "reason": "as its answers were given"}
+    for folder in answers.folders.values() if ranks.main else ():
+        with suppress(OSError, UsageError):  # of a folder that this process may only read, all that it needs is there
+            tidy(folder)
     teacher = answers.teacher(begun.columns, begun.device)
     made = teacher.reader.manifest.made
     return teacher, (Engine(device, made["precision"], made["layout"]), why)

@@ -203,6 +203,8 @@ def count_events(root: str, path: str | None = None, nth: int | None = None, how
         if not events.mine(file) or not set(mode) & set("wax+"):
             return real_open(file, mode, buffering, encoding, errors, newline, **more)
         raw = Raw(os.path.abspath(os.fspath(file)), mode.replace("b", "").replace("t", ""))
+        if buffering == 0:
+            return raw
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 

@@ -55,6 +55,15 @@ def test_r4_a_crash_while_a_run_puts_its_checkpoints_away(there: Lab) -> None:
     assert r04_crash.of_a_run(there, SMALL, last, "after") == (r04_crash.ENDED, [])
 
 
+def test_r4_a_crash_between_the_last_answers_and_the_end_of_their_filling(there: Lab) -> None:
+    """Nothing is missing then, so nothing is filled when the run goes on: what the dead process left is put away all the same."""
+    events = r04_crash.events_of_a_run(there, SMALL)
+    manifests = [event["n"] for event in events if event["kind"] == "rename" and event["path"].endswith("/manifest.json")]
+    figures = [event["n"] for event in events if event["kind"] == "write" and "/.figures.json" in event["path"]]
+    for nth in (manifests[-1], figures[-1]):
+        assert r04_crash.of_a_run(there, SMALL, nth, "after") == (r04_crash.ENDED, [])
+
+
 def test_r5_a_run_whose_newest_checkpoint_is_spoiled() -> None:
     """Every byte and length of one: ``tests/unit/test_checkpoint.py``."""
     held(r05_corruption.run(1, masks=()))

@@ -297,6 +297,7 @@ def test_what_killed_processes_leave_is_put_away(tmp_path: Path) -> None:
     (folder / ".manifest.json.77.tmp").write_text("half")
     (folder / ".manifest.copy.json.77.tmp").write_text("half")
     (folder / ".plan-0.77.tmp").write_text("half")
+    (folder / ".figures.json.77.tmp").write_text("half")
     (folder / ".v00000-0.arrow.tmp").write_text("half")
     (folder / "manifest.copy.json").write_text("older")
     (folder / ".locks").mkdir()
@@ -304,6 +305,39 @@ def test_what_killed_processes_leave_is_put_away(tmp_path: Path) -> None:
     tidy(folder)
     assert contents(folder) == before
     assert not (folder / ".locks").exists()
+
+
+def test_of_plans_only_the_fulfilled_are_put_away(tmp_path: Path) -> None:
+    """A process that dies between its last part's commit and the end of its plan leaves one that nobody would follow: nothing is missing."""
+    keys, others = some_keys(12), some_keys(5, 9)
+    folder, _ = make_cache(tmp_path, keys)
+    before = contents(folder)
+
+    def plan(of: Any) -> Path:
+        ordered = of[missing(None, Request(0, of))]
+        made = filling._make_plan(0, ordered, read_manifest(folder))
+        path = folder / f"plan-{made.name}"
+        path.write_bytes(filling.save({"keys": made.keys}, {"plan": f"{made.view},{made.rows_of_part}"}))
+        return path
+
+    done, at_work = plan(keys), plan(others)
+    (folder / ".locks").mkdir()
+    tidy(folder)
+    assert not done.exists()
+    assert at_work.exists()
+    assert (folder / ".locks").exists()  # of what is still written
+    at_work.unlink()
+    tidy(folder)
+    assert contents(folder) == before
+    assert not (folder / ".locks").exists()
+
+
+def test_a_finished_directory_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = make_cache(tmp_path, some_keys(12))
+    (folder / ".lock").unlink()
+    monkeypatch.setattr(filling, "locked", None)
+    tidy(folder)
+    assert not (folder / ".lock").exists()
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

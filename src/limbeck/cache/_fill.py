@@ -196,22 +196,42 @@ def _follow(
 
 
 def tidy(folder: Path) -> None:
-    """Put away what processes that were killed left behind, so that a finished directory is the same whoever wrote it."""
+    """Put away what processes that were killed left behind, so that a finished directory is the same whoever wrote it. What others are at work on
+    stays. Where there is nothing to put away, nothing is written: the folder may be one that this process can only read."""
+    if not _untidy(folder):
+        return
     with locked(folder / ".lock"):  # under which all of these are written
-        for path in [*folder.glob(".manifest*"), *folder.glob(".plan-*")]:
-            if is_left_over(path):
-                path.unlink(missing_ok=True)
+        for path in _temporary(folder):
+            path.unlink(missing_ok=True)
         if not (folder / MANIFEST).exists():
             return
         manifest = read_manifest(folder)
-        copy = folder / COPY
-        if not copy.exists() or copy.read_bytes() != (folder / MANIFEST).read_bytes():
+        if not _copied(folder):
             write_manifest(folder, manifest)
+        there = {part.name for part in manifest.parts}
+        for path in folder.glob("plan-*"):
+            plan = read_plan(path)
+            if plan is not None and there.issuperset(name for name, _, _ in plan.parts):
+                path.unlink(missing_ok=True)  # who still follows it finds its parts written
         if any(folder.glob("plan-*")):
             return
         shutil.rmtree(folder / ".locks", ignore_errors=True)
         for path in folder.glob(".v*.arrow.tmp"):
             path.unlink(missing_ok=True)
+
+
+def _untidy(folder: Path) -> bool:
+    left = [*_temporary(folder), *folder.glob("plan-*"), *folder.glob(".locks"), *folder.glob(".v*.arrow.tmp")]
+    return bool(left) or ((folder / MANIFEST).exists() and not _copied(folder))
+
+
+def _temporary(folder: Path) -> list[Path]:
+    return [p for name in (".manifest*", ".plan-*", ".figures*") for p in folder.glob(name) if is_left_over(p)]
+
+
+def _copied(folder: Path) -> bool:
+    copy = folder / COPY
+    return copy.exists() and copy.read_bytes() == (folder / MANIFEST).read_bytes()
 
 
 def _answers(rows: Int64, request: Request, ask: Ask, block: int, tick: Callable[[int], None]) -> dict[str, npt.NDArray[Any]]:
