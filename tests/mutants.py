@@ -472,6 +472,13 @@ MUTANTS = (
     Mutant("bad-step-taken", "loop.py", "return skipped.float()", "return None", LOOP),
     Mutant("bad-step-seen-too-late", "loop.py", "        self.look()\n        state = ", "        state = ", LOOP),
     Mutant(
+        "left-in-a-complete-cache",
+        "spine.py",
+        "            tidy(folder)\n",
+        "            pass\n",
+        ("faults/test_faults.py::test_r4_a_crash_between_the_last_answers_and_the_end_of_their_filling",),
+    ),
+    Mutant(
         "spoilt-state-used",
         "loop.py",
         "for x in (loss, norm, state))",
