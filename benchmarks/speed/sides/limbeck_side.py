@@ -2,7 +2,7 @@
 
 Left out: validation at the end of an epoch (no other side validates), evaluation, export and report. ``fixed_padding``: texts are padded to
 max_length and come in random order, as without length buckets (P6). ``filling``: the first turn begins with the teacher's pass over what its cache
-lacks, instead of the first step (P4, P5).
+lacks of the training rows, instead of the first step (P4, P5). Its answers on the test rows, which are evaluation, are asked for before that.
 """
 
 from __future__ import annotations
@@ -48,10 +48,14 @@ def main() -> None:
             turn.begin()
         begun = True
 
-    def fill_first(*arguments: Any, **named: Any) -> Any:
+    def fill_first(answers: Any, *arguments: Any, **named: Any) -> Any:
         if config.get("filling"):
+            wanted = answers.requests
+            answers.requests = {**wanted, "teach": []}
+            keep_answers(answers, *arguments, **named)
+            answers.requests = wanted
             begin()
-        return keep_answers(*arguments, **named)
+        return keep_answers(answers, *arguments, **named)
 
     def fit(
         student: Any, teacher: Any, objective: Any, feed: Any, engine: Any, settings: Any, seed: int, recorder: Any, *more: Any
