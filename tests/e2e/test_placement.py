@@ -59,6 +59,24 @@ class Breaking(Net):
         return super().forward(x)
 
 
+class Stages(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, width, 3, stride=2, padding=1), nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+
+def staged_teacher(num_classes=3):
+    return Stages(7, num_classes)
+
+
+def staged_student(num_classes=3):
+    return Stages(4, num_classes)
+
+
 def counting(num_classes=3):
     return Counting(12, num_classes)
 
@@ -178,6 +196,20 @@ class TestStages:
         codes, said = ended(ranks(3, "distill", path, "--out", out, "--resume", said=tmp_path / "last"))
         assert codes == [0] * 3, said
         equal(quiet / "stages-2", out)
+
+
+def test_layers_are_paired_wherever_the_teacher_sits(there: Path, tmp_path: Path) -> None:
+    """For that its layers are looked at, by those that never ask it too."""
+    terms = [{"loss": "cross_entropy"}, {"loss": "attention_transfer", "weight": 10.0, "layers": "auto"}]
+    changes: dict[str, Any] = {"student": {"model": "python:nets.py:staged_student"}, "objective": terms, "baseline": False}
+    run("distill", placed(there, "same", "staged_teacher", **changes), out=tmp_path / "same")
+    run("distill", placed(there, "device:cpu", "staged_teacher", **changes), out=tmp_path / "device")
+    path = placed(there, "ranks:1", "staged_teacher", **changes)
+    codes, said = ended(ranks(2, "distill", path, "--out", tmp_path / "ranks", said=tmp_path / "said"))
+    assert codes == [0, 0], said
+    for other in ("device", "ranks"):
+        assert weights(tmp_path / "same/student") == weights(tmp_path / other / "student"), other
+        assert "- first\n" in (tmp_path / other / "recipe.yaml").read_text()
 
 
 class TestDevice:
