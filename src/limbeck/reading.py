@@ -153,6 +153,8 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe file, for editors (completion and checks while typing)."""
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
+    definitions["Term"]["properties"]["weight"]["anyOf"][0].pop("expected")
+    definitions["Term"]["properties"]["weight"]["anyOf"].append({"const": PAPER, "type": "string"})
     definitions["Term"]["properties"]["loss"] = {"type": "string", "enum": list(LOSSES), "description": "see `limbeck losses`"}
     for name in ("teacher", "student", "data"):  # a bare name is short for the mapping that has only the name
         schema["properties"][name] = {"anyOf": [{"type": "string"}, schema["properties"][name]]}
@@ -167,6 +169,9 @@ def json_schema() -> dict[str, Any]:
     schema["required"] = ["student", "data"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Limbeck recipe"}
 
+
+PAPER = "paper"
+"""As the weight of a term: the one of its authors."""
 
 _NULLABLE = {
     "train.momentum",
@@ -193,6 +198,8 @@ def _allow_null(schema: dict[str, Any], path: str) -> None:
 
 def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
     plain = merging.expand_names(data)
+    for holder in (plain, *(check.look(plain, "train.stages") or [] if isinstance(check.look(plain, "train.stages"), list) else [])):
+        _publish(holder)
     if plain.get("objective") is None:
         plain["objective"] = merging.default_objective(None, None) if command == "distill" else [{"loss": "cross_entropy", "weight": 1.0}]
     source = check.look(plain, "data.source")
@@ -210,6 +217,18 @@ def _expand(data: Mapping[str, Any], command: Command) -> dict[str, Any]:
         if plain["train"].get("stages") is not None and plain["train"].get("epochs", 0) is None:
             del plain["train"]["epochs"]  # the sum of theirs
     return plain
+
+
+def _publish(holder: Any) -> None:
+    """``weight: paper`` written out: the weight at which the loss was published."""
+    terms = holder.get("objective") if isinstance(holder, dict) else None
+    if isinstance(terms, list):
+        holder["objective"] = [
+            {**term, "weight": LOSSES[term["loss"]].weight if str(term.get("loss")) in LOSSES else 1.0}
+            if isinstance(term, dict) and term.get("weight") == PAPER
+            else term
+            for term in terms
+        ]
 
 
 def _automatic(plain: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def _no_switch(value: Any) -> Any:
 _number = BeforeValidator(_no_switch)
 Real = Annotated[float, _number]
 Count = Annotated[int, Field(ge=1), _number]
+Weight = Annotated[float, Field(json_schema_extra={"expected": "a number or 'paper'"}), _number]
 BatchSize = Annotated[int, Field(ge=1, json_schema_extra={"expected": "a whole number of at least 1 or 'auto'"}), _number]
 Workers = Annotated[int, Field(ge=0), _number]
 Tokens = Annotated[int, Field(ge=2), _number]
@@ -170,7 +171,8 @@ class Term(Section):
     model_config = ConfigDict(extra="allow")
 
     loss: LossName
-    weight: Real | Schedule = 1.0
+    weight: Weight | Schedule = 1.0
+    """In a file also ``paper``: the weight at which the loss was published (`limbeck losses NAME`); 1 where none was."""
 
 
 class Stage(Section):

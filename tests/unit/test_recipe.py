@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from limbeck.errors import UsageError
+from limbeck.losses import LOSSES
 from limbeck.reading import (
     RecipeError,
     absolute,
@@ -128,6 +129,18 @@ class TestDefaults:
         assert default_objective(6.0, 0.7) == [{"loss": "kd", "weight": 0.7, "temperature": 6.0}, {"loss": "cross_entropy", "weight": 0.3}]
         assert default_objective(2.0, 1.0) == [{"loss": "kd", "weight": 1.0, "temperature": 2.0}]
         assert default_objective(2.0, 0.0) == [{"loss": "cross_entropy", "weight": 1.0}]
+
+    def test_the_weight_of_the_authors(self) -> None:
+        """By name, in every stage; a run's own recipe has the number."""
+        term = {"loss": "similarity_preserving", "weight": "paper", "student": "layer4", "teacher": "layer4"}
+        stages = [{"epochs": 1, "objective": [{"loss": "dist", "weight": "paper"}]}, {"epochs": 1}]
+        recipe = build_recipe({**IMAGES, "objective": [term, "cross_entropy"], "train": {"stages": stages}}, command="distill")
+        assert [t.weight for t in recipe.objective] == [3000.0, 1.0]
+        assert recipe.train.stages is not None
+        assert recipe.train.stages[0].objective is not None
+        assert recipe.train.stages[0].objective[0].weight == LOSSES["dist"].weight
+        assert problems({**IMAGES, "objective": [{"loss": "kdd", "weight": "paper"}]}).keys() == {"objective.0.loss"}
+        assert "a number or 'paper'" in problems({**IMAGES, "objective": [{"loss": "kd", "weight": "papers"}]})["objective.0.weight"]
 
     def test_train_learns_from_labels_alone(self) -> None:
         recipe = build_recipe({"student": "resnet18", "data": "digits"}, command="train")
@@ -427,6 +440,7 @@ class TestSchema:
             {"train": {"lr": 0}},
             {"train": {"epoch": 1}},
             {"objective": [{"loss": "kdd"}]},
+            {"objective": [{"loss": "kd", "weight": "papers"}]},
             {"seed": -1},
             {"x": 1},
         ):
