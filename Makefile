@@ -1,8 +1,9 @@
 # Each target sets itself up: a fresh machine needs Python 3.11 or newer, git and make.
 #
 #   make demo         install into .venv, then `limbeck demo`: a teacher, a student, a verdict, an ONNX file, a report
-#   make test         install into .venv, then ruff, mypy --strict, the import rules and the whole test suite
-#   make test-oldest  the same with PyTorch 2.6, the oldest that is supported
+#   make test         install into .venv, then ruff, mypy --strict, the import rules and the tests (minutes)
+#   make test-long    the tests that are whole runs: stopped, damaged, on several ranks, served (half an hour)
+#   make test-oldest  both with PyTorch 2.6, the oldest that is supported
 #   make gpu          the tests that need a CUDA device (those of several devices are skipped where there is one)
 #   make mutants      break the code on purpose in known ways; at least one test must go red for each
 #   make faults       stop runs in every way and at every instant; the table in docs/reliability.md (hours; one row: make faults ROWS=R4)
@@ -22,10 +23,10 @@ BIN     = $(VENV)/bin
 STAMP   = $(if $(INSTALLED),,$(VENV)/.installed)
 RUNS   ?= runs
 
-.PHONY: demo test test-oldest lint gpu mutants faults cifar-pair r8 bench image-check clean help
+.PHONY: demo test test-long test-oldest lint gpu mutants faults cifar-pair r8 bench image-check clean help
 
 help:
-	@sed -n '3,12p' Makefile | sed 's/^# *//'
+	@sed -n '3,16p' Makefile | sed 's/^# *//'
 
 # torch and torchvision are installed together and first: installed apart they need not fit each other.
 $(VENV)/.installed: pyproject.toml
@@ -50,11 +51,15 @@ lint: $(STAMP)
 
 test: lint
 	@echo "== pytest"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(STAMP)
+	@echo "== pytest, whole runs"
+	$(BIN)/python -m pytest -m long
 
 # The oldest PyTorch that is supported, in an environment of its own.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest TORCH="torch==2.6.0 torchvision==0.21.0"
+	$(MAKE) test test-long VENV=.venv-oldest TORCH="torch==2.6.0 torchvision==0.21.0"
 
 gpu: $(STAMP)
 	@echo "== $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())') CUDA devices"

@@ -120,7 +120,7 @@ def one(name: str) -> dict[str, Any]:
     built: Any = builder
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder("student", Path(folder), NoLog(), Progress("none"), passed)
-        fit(student, teacher, objective, Feed(plan, built, STEPS), Engine(device, train.precision), train, 0, recorder)
+        fit(student, teacher, objective, Feed(plan, built, (STEPS,)), Engine(device, train.precision), train, 0, recorder)
     seconds = [b - a for a, b in pairwise(moments)]
     return {"choice": name, "seconds": seconds, "loaded_bytes": loaded, "peak_bytes": peak_bytes(), "load": os.getloadavg()[0]}
 

@@ -19,6 +19,13 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs, in processes of their own, are `make test-long`."""
+    for item in items:
+        if {"e2e", "faults"} & set(item.path.relative_to(item.config.rootpath).parts):
+            item.add_marker("long")
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """A command that was interrupted ignores further signals, for its process ends then; this one goes on."""

@@ -402,7 +402,6 @@ def stuck(request: Request) -> Any:
     return Batch(np.zeros((2, 2), np.uint64), 0, {}, None, torch.zeros(2), torch.ones(2, dtype=torch.bool))
 
 
-@pytest.mark.slow
 def test_a_worker_that_hangs_is_ended_with_the_stream() -> None:
     batches = stream(stuck, (Request(s, 0, 0, np.arange(2)) for s in range(3)), workers=1)
     next(batches)
