@@ -29,7 +29,9 @@ def padded(work: Work, pad: int) -> Tensor:
     """``(N, channels, H + 2 pad, W + 2 pad)`` float32, normalised; the border is a black image's."""
     mean, std = (torch.tensor(work.about[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
     images = functional.pad(torch.from_numpy(work.x).permute(0, 3, 1, 2), (pad, pad, pad, pad))
-    return images.float().div_(255).sub_(mean).div_(std)
+    images = images.float().div_(255).sub_(mean).div_(std)
+    # as they were stored their channels are last, and so would be every convolution after them, whatever the layout is called
+    return images.contiguous(memory_format=torch.channels_last if work.about["layout"] == "channels_last" else torch.contiguous_format)
 
 
 def views(batch: Tensor, pad: int, flip: bool) -> Tensor:
