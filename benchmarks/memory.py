@@ -161,7 +161,7 @@ def table(found: dict[str, Any]) -> list[str]:
                 f"{statistics.median(row['seconds']):.0f} s | {slow:.2f} |"
             )
     m, loads = found["machine"], [row["load"] for row in rows.values()]
-    left = "".join(f" {CHOICES[name][0]} was left out: {why}." for name, why in found.get("left_out", {}).items())
+    left = "".join(f" {CHOICES[name][0]} was left out: {why}." for name, why in found.get("left_out", {}).items() if name not in rows)
     missing = [what for name, (what, _) in CHOICES.items() if name not in {**rows, **found.get("left_out", {})}]
     left += f" Not measured yet: {'; '.join(missing)}." if missing else ""
     return [

@@ -151,6 +151,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         text = f"got {recipe.train.device}, on which all {job.ranks.local_size} processes of this machine would work."
         raise UsageError(Problem("train.device", text, "Leave it out, or write cuda: each process takes a device of its own."))
     device = choose_device(recipe.train.device)
+    job.ranks.refuse_shared(device)
     check_precision(recipe.train.precision, device)
     student = job.build_student(recipe.seed)
     pairs: tuple[tuple[str, str], ...] = ()

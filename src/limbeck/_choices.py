@@ -25,9 +25,10 @@ def resolved(
 ) -> Recipe:
     """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run.
 
-    several: on several ranks, each of which has a device of its own: its kind is recorded, and not the main rank's number."""
+    several: on several ranks, each of which has a device of its own. There, and where no number was asked for, the device's kind is recorded and not
+    its number, so that the recipe can be repeated by one process and by several."""
     student = engines["student"]
-    device = student.device.type if several else str(student.device)
+    device = student.device.type if several or recipe.train.device in ("auto", student.device.type) else str(student.device)
     chosen = {"precision": student.precision, "layout": student.layout, "workers": workers, "device": device, "accumulate": accumulate}
     train = recipe.train.model_copy(update=chosen)
     teacher = recipe.teacher

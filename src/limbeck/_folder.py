@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 from limbeck import checkpoint
 from limbeck.errors import Interrupted, Problem, UsageError
 from limbeck.losses import AUTO
-from limbeck.ranks import ALONE, Ranks
+from limbeck.ranks import ALONE, Ranks, launch, restarted
 from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe, Term
 from limbeck.run import discard, disk_errors, is_left_over, read_json, sweep
@@ -25,8 +26,11 @@ __all__ = [
     "begun_seeds",
     "finished",
     "finished_metrics",
+    "goes_on",
+    "launched_by",
     "matches",
     "next_free",
+    "own_folder",
     "put_away",
     "refuse_taken",
     "same_run",
@@ -63,6 +67,58 @@ def next_free(root: Path, name: str) -> Path:
     return candidate
 
 
+_WAIT = 5.0  # seconds: a process that was killed may be a moment from its end
+
+
+def goes_on(out: Path, resume: bool, ranks: Ranks) -> bool:
+    """Whether what ``out`` holds is gone on with: where that was asked for, and where torchrun has started the processes again after this very launch
+    of it had begun the run (or the sweep)."""
+    if resume or not restarted(ranks):
+        return resume
+    files = (out / "environment.json", out / "plan.json")
+    return bool(ranks.from_main(lambda: launch() in [read_json(f).get("launch", "") for f in files if f.is_file()]))
+
+
+def launched_by() -> dict[str, str]:
+    """What a run, or a sweep, records of the launcher that began it."""
+    name = launch()
+    return {} if name is None else {"launch": name}
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Nobody else writes into ``out`` meanwhile; the lock ends with the process, whatever ends that. File systems without locks have none.
+
+    Raises: UsageError where another process holds it.
+    """
+    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        end = time.monotonic() + _WAIT
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    text = f"another process is writing into {out}."
+                    raise UsageError(Problem("--out", text, "Wait for it, end it, or name another folder.")) from None
+                time.sleep(0.05)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """The folder, there and this process's own; what was left in it by one that was killed is gone."""
+    make(out)
+    with held(out):
+        sweep(out)
+        yield
+
+
 def refuse_taken(out: Path, resume: bool) -> None:
     """An output folder with something in it is only written into on ``--resume``, and only where a run was begun."""
     if not os.path.exists(out):
@@ -71,7 +127,7 @@ def refuse_taken(out: Path, resume: bool) -> None:
         raise UsageError(Problem("--out", f"{out} is a file.", "Name a folder that does not exist yet."))
     # a run that was killed before its recipe had its name has begun nothing
     inside = [p.name for p in out.iterdir() if not is_left_over(p)]
-    if not inside or (inside == ["environment.json"] and set(read_json(out / "environment.json")) == {"facts"}):
+    if not inside or (inside == ["environment.json"] and set(read_json(out / "environment.json")) <= {"facts", "launch"}):
         return
     if not resume:
         raise UsageError(

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from limbeck._begin import Job
-from limbeck._folder import already, next_free, refuse_taken
+from limbeck._folder import already, goes_on, next_free, refuse_taken
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
 from limbeck.models import Model, build_model, call_factory, load_into, load_saved, sources, state_hash, wrap_module
 from limbeck.progress import Progress
-from limbeck.ranks import joined, refuse_lost_folder, restarted
+from limbeck.ranks import joined, refuse_lost_folder
 from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
 from limbeck.recipe import Recipe
 from limbeck.run import read_json
@@ -134,7 +134,7 @@ def distill(
         if out is None:
             refuse_lost_folder()
         folder = Path(out) if out is not None else Path(ranks.from_main(lambda: str(next_free(Path("runs"), f"python-{_name(student)}"))))
-        resume = resume or restarted(ranks)
+        resume = goes_on(folder, resume, ranks)
         if ranks.main:
             refuse_taken(folder, resume)
         loaded = (

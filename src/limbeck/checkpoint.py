@@ -71,7 +71,8 @@ def unpack(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Commit the state of ``step`` under ``folder`` and drop all but the newest two."""
+    """Commit the state of ``step`` under ``folder``; keep it and the one before. One of a later step was passed over when this run was resumed, for
+    it is damaged, and goes: else it would count as the newest, and what is committed from here on would be dropped."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     skeleton, tensors = pack(state)
@@ -90,8 +91,10 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _committed(folder)[:-KEEP]:
-        discard(old)
+    kept = [path for path in _committed(folder) if path.name <= final.name][-KEEP:]
+    for old in _committed(folder):
+        if old not in kept:
+            discard(old)
     return final
 
 

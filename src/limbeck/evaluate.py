@@ -15,7 +15,7 @@ from torch import Tensor
 from limbeck.data import BatchBuilder, Split, evaluation_requests, stream
 from limbeck.engine import Engine
 from limbeck.models import Model
-from limbeck.randomness import seed_for, uniform
+from limbeck.randomness import forked, seed_for, uniform
 from limbeck.ranks import ALONE, Ranks
 from limbeck.types import Batch, Inputs
 
@@ -41,12 +41,13 @@ def predict(
     """``(N, C)`` float64 logits of every row of ``split``, in the split's order, each row asked once (no padding rows).
 
     ask: a batch on ``engine``'s device -> ``(B, C)`` logits. The caller has put the model into eval mode. Several ranks share the batches, which are
-    the same for any number of ranks, and each gets the logits of all.
+    the same for any number of ranks, and each gets the logits of all. What a model draws while it answers is that of the batch.
     """
     found: Logits | None = None
     requests = evaluation_requests(split, batch_size, lengths)[ranks.rank :: ranks.size]
-    with torch.no_grad(), engine.autocast():
+    with torch.no_grad(), engine.autocast(), forked("evaluate"):
         for request, batch in stream(builder, requests, workers=workers, pin_memory=False):
+            engine.seed(seed_for("evaluate", request.step))
             logits = ask(engine.send(batch)).double().cpu().numpy()
             if found is None:
                 found = np.zeros((len(split), logits.shape[1]), dtype=np.float64)

@@ -162,8 +162,11 @@ def fit(
             needs, parts = asked(request)
             for micro, (start, stop) in enumerate(parts):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
-                signal = teacher(part, needs) if teacher is not None and needs is not None else None
-                # After the teacher: whether it is asked, and what it draws, must not move the student's dropout.
+                signal = None
+                if teacher is not None and needs is not None:
+                    # What a teacher draws is that of the step, wherever the run was resumed; and it does not move the student's dropout.
+                    engine.seed(seed_for(seed, "teacher", request.step, micro, ranks.rank))
+                    signal = teacher(part, needs)
                 engine.seed(seed_for(seed, "dropout", request.step, micro, ranks.rank))
                 rows = selection.rows(start, stop, engine.device)
                 with work.no_sync() if ranks.size > 1 and micro < len(parts) - 1 else nullcontext():
@@ -484,10 +487,10 @@ class _Wait:
         if self._told or waited <= SLOW * seconds:
             return ""
         self._told = True
-        now = f"{self._workers} loader processes" if self._workers else "one background thread"
+        now = f"{self._workers} loader processes" if self._workers else "this process itself"
         return (
-            f"{100 * waited / seconds:.0f} % of the last {steps:.0f} steps went by waiting for batches, which {now} made. Raise train.workers, make "
-            "the images on disk smaller, or put the data on a faster disk (docs/scaling.md, Loaders)."
+            f"{100 * waited / seconds:.0f} % of the last {steps:.0f} steps went by waiting for batches, which {now} made. Raise train.workers, put "
+            "the data on a faster disk, or store images in a smaller size (docs/scaling.md, Loaders)."
         )
 
 

@@ -65,6 +65,9 @@ def seat_of(recipe: Recipe, device: torch.device, ranks: Ranks, *, plan: bool = 
         reason = str(e).splitlines()[0]
         hint = "Allowed: same, auto, device:cpu, device:cuda:N, ranks:K."
         raise UsageError(Problem("teacher.placement", f"got {asked!r}, which cannot be used here ({reason}).", hint)) from e
+    if there.index is not None and there.type == "cuda" and ranks.local_size > 1:
+        text = f"got {asked!r}, on which the teachers of all {ranks.local_size} processes of this machine would sit."
+        raise UsageError(Problem("teacher.placement", text, "Use same, ranks:K, or device:cuda, which is each process's own."))
     if name == "cuda":
         there = torch.device("cuda", torch.cuda.current_device())
     return Seat(there, ahead=True)
@@ -160,11 +163,12 @@ class Ahead:
             before: tuple[Request, Batch, Future[_Answers]] | None = None
             for request, batch in coming:
                 needs, parts = asked(request)
-                future = pool.submit(self._answers, request, batch, needs, parts)
-                if needs is not None and not tried:  # while the student waits
-                    with _no_draws():
+                trial = needs is not None and not tried
+                with _no_draws(self._there.device if self._there is not None else None) if trial else nullcontext():
+                    future = pool.submit(self._answers, request, batch, needs, parts)
+                    if trial:  # the student waits meanwhile
                         future.result()
-                    tried = True
+                        tried = True
                 if before is not None:
                     self._present = before[2]
                     yield before[:2]
@@ -208,12 +212,17 @@ def _tensors(signal: Signal) -> list[Tensor]:
 
 
 @contextmanager
-def _no_draws() -> Iterator[None]:
-    """Refuses a teacher that draws from the global generator, at an answer during which nobody else does: in a thread it would take numbers from the
-    student's dropout, whenever it happens to run, and on a rank of its own a resumed run would see others."""
-    state = torch.get_rng_state()
+def _no_draws(device: torch.device | None) -> Iterator[None]:
+    """Refuses a teacher that draws from the global generators (the CPU's, or its CUDA device's), at an answer during which nobody else does: in a
+    thread it would take numbers from the student's dropout, whenever it happens to run, and on a rank of its own a resumed run would see others."""
+
+    def states() -> list[Tensor]:
+        on_cuda = [] if device is None or device.type != "cuda" else [torch.cuda.get_rng_state(device)]
+        return [torch.get_rng_state(), *on_cuda]
+
+    before = states()
     yield
-    if not torch.equal(state, torch.get_rng_state()):
+    if not all(map(torch.equal, before, states())):
         text = "draws random numbers while it answers; away from the student they would be other ones in every run."
         raise UsageError(Problem("teacher", text, "Use teacher.placement: same."))
 
@@ -329,7 +338,7 @@ def attend(
             (request, batch), following = following, None
             needs, parts = asked(request)
             assert needs is not None
-            with _no_draws():
+            with _no_draws(teacher.engine.device):
                 signals = _answered(teacher, replace(batch, teacher=batch.student), needs, parts, dtype)
             under_way.extend(_send(signals, step, student, lane))
 

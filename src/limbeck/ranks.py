@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,17 +23,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from limbeck.errors import LimbeckError, Problem, Stopped, UsageError
 
-__all__ = ["ALONE", "Elsewhere", "Ranks", "Seats", "joined", "refuse_lost_folder", "restarted"]
+__all__ = ["ALONE", "Elsewhere", "Ranks", "Seats", "joined", "launch", "leaving", "refuse_lost_folder", "restarted"]
 
 TIMEOUT = 1800.0
 """Seconds that a rank waits for another; ``LIMBECK_RANK_TIMEOUT`` sets another number."""
 
 _FAILED, _SAID, _LEFT = "failed", "said", "left"
+_CALL = 10.0  # seconds for one try to reach the main rank; signals are heard between two
 _MEETING = 0.02  # seconds between two looks for the other ranks
 
 
@@ -200,6 +202,13 @@ class Ranks:
         if self.size > 1:
             dist.broadcast(tensor, self.first, group=self.group)
 
+    def refuse_shared(self, device: torch.device) -> None:
+        """Raises: UsageError where the ranks of this machine would have to share a CUDA device, which they cannot."""
+        if self.size > 1 and device.type == "cuda" and "cuda:" not in dist.get_backend_config():
+            count = torch.cuda.device_count()
+            text = f"{self.local_size} processes of this machine would train on CUDA, and it has {count} device{'s' * (count != 1)}."
+            raise UsageError(Problem("train.device", text, f"Start at most {count} on each machine, or set train.device: cpu."))
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum([0])
@@ -275,17 +284,25 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")) and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def launch() -> str | None:
+    """A name of this start of torchrun, the same after each of its restarts; None without it. Its run id, or where that is empty, its process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return name if name not in ("", "none") else f"{socket.gethostname()}, process {os.getppid()}"
+
+
 def restarted(ranks: Ranks) -> bool:
-    """Whether the launcher has started the processes of this run again after one was lost: then what was begun is gone on with.
+    """Whether the launcher has started the processes of this run again after one was lost.
 
     Only the launcher on the machine of the lost process counts it as a restart, so all ranks are asked.
     """
-    return ranks.any(launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
+    return ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
 
 
 def refuse_lost_folder() -> None:
     """Raises: UsageError where processes that the launcher starts again could not find what the first ones began, for want of a name."""
-    if launched() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         text = "is needed with torchrun's --max-restarts: processes that are started again go on in the folder that was named."
         raise UsageError(Problem("--out", text, "Add --out DIR."))
 
@@ -319,11 +336,11 @@ def joined(teachers: int = 0) -> Iterator[Ranks]:
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=_timeout())
-    common, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    common = _common_store(rank, size, timeout)
     store = PrefixStore(meet(common, rank, size, timeout.total_seconds()), common)
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend, own = "gloo", own_device(torch.cuda.device_count() if torch.cuda.is_available() else 0, os.environ)
+    if own is not None:
+        torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
     _JOINED.append(Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store))
@@ -340,6 +357,55 @@ def joined(teachers: int = 0) -> Iterator[Ranks]:
     finally:
         _JOINED.clear()
     dist.destroy_process_group()
+
+
+def own_device(count: int, environment: Mapping[str, str]) -> int | None:
+    """The CUDA device of this rank, where its machine has one for each of its ranks; None where it has not, and only the CPU can be shared.
+
+    count: of the devices that this process sees. torchrun shows all of them to each rank. Other launchers may show each rank one of its own.
+    """
+    local, ranks = int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in environment:
+        return 0
+    return local if count >= ranks and local < count else None
+
+
+def _common_store(rank: int, size: int, timeout: timedelta) -> Any:
+    """The store at the address that the launcher gave: torchrun's own, else one that the main rank keeps. Nobody waits here for all the others,
+    which :func:`meet` does: in there no signal would be heard."""
+    if _kept_by_launcher():
+        return next(rendezvous("env://", rank, size, timeout=timeout))[0]
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isdecimal() and int(port) < 2**16):
+        raise UsageError(Problem("MASTER_PORT", f"got {port!r}, expected a number from 0 to 65535."))
+    if rank == 0:
+        try:
+            return TCPStore(host, int(port), size, True, timeout, wait_for_workers=False, multi_tenant=True)
+        except (dist.DistError, RuntimeError) as e:
+            text = f"this process cannot listen there ({str(e).splitlines()[0][:200]})."
+            raise UsageError(
+                Problem(f"MASTER_ADDR:MASTER_PORT {host}:{port}", text, "It is the main rank's own machine, and a free port.")
+            ) from e
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        left = max(0.1, end - time.monotonic())
+        try:
+            store = TCPStore(host, int(port), size, False, timedelta(seconds=min(_CALL, left)), wait_for_workers=False)
+        except (dist.DistError, RuntimeError) as e:
+            if time.monotonic() < end:
+                continue
+            text = f"The main rank was not found at {host}:{port} within {timeout.total_seconds():,.0f} s. Start it again."
+            raise Stopped(text) from e
+        store.set_timeout(timeout)
+        return store
+
+
+def leaving(code: int) -> None:
+    """Word for the other ranks that this one ends now, with that exit code, so that they end with the same. For a signal's handler."""
+    for ranks in _JOINED[:1]:
+        with contextlib.suppress(Exception):
+            ranks.store.compare_set(_FAILED, "", f"{os.environ['RANK']},{code}")
+            _has_said(ranks.store, 5.0)
 
 
 def _seated(ranks: Ranks, teachers: int) -> Ranks:
@@ -462,11 +528,11 @@ def _one_message(store: Any, error: BaseException, heard: int | None) -> BaseExc
     return Elsewhere(code) if silent else error
 
 
-def _has_said(store: Any) -> None:
+def _has_said(store: Any, seconds: float = 15.0) -> None:
     """At the end of the process that spoke. Where it is also the one that keeps the store (no torchrun does), the others read it first."""
     with contextlib.suppress(Exception):
         store.set(_SAID, "1")
-        _keep_open(store, 15.0)
+        _keep_open(store, seconds)
 
 
 def _keep_open(store: Any, seconds: float) -> None:

@@ -15,10 +15,11 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,22 @@ def _summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    _say_once()
     return SummaryWriter
+
+
+@cache
+def _say_once() -> None:
+    """The board's thread keeps an exception for whoever writes next, and raises it too, which would print a traceback beside the sentence on a full
+    disk that is made of it there."""
+    before = threading.excepthook
+
+    def hook(args: Any) -> None:
+        of_board = type(args.thread).__module__ == "tensorboard.summary.writer.event_file_writer"
+        if not (of_board and args.exc_value is not None and _no_space(args.exc_value)):
+            before(args)
+
+    threading.excepthook = hook
 
 
 class _Wandb:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,20 @@ import torch
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._begin import Begun, Job, agree, begin, job_of, keep, summary
 from limbeck._choices import explicit, resolved, snapshot
-from limbeck._folder import Stop, already, begun_seeds, finished_metrics, make, matches, next_free, read_recipe, refuse_taken
+from limbeck._folder import (
+    Stop,
+    already,
+    begun_seeds,
+    finished_metrics,
+    goes_on,
+    launched_by,
+    make,
+    matches,
+    next_free,
+    own_folder,
+    read_recipe,
+    refuse_taken,
+)
 from limbeck._microbatch import copies_of, how_to_train
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
@@ -35,7 +48,7 @@ from limbeck.loop import Trained
 from limbeck.models import Model, load_into, which_blocks
 from limbeck.placement import Ahead, Here, asked_in_the_loop, beside, live_of, served
 from limbeck.progress import Progress
-from limbeck.ranks import Ranks, joined, refuse_lost_folder, restarted
+from limbeck.ranks import Ranks, joined, refuse_lost_folder
 from limbeck.reading import absolute
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
@@ -48,7 +61,6 @@ from limbeck.run import (
     join_logs,
     provenance,
     read_json,
-    sweep,
     write_atomic,
     write_json,
 )
@@ -78,7 +90,7 @@ def run_recipe(
         if out is None:
             refuse_lost_folder()
         out = out or Path(ranks.from_main(lambda: str(next_free(Path("runs"), _run_name(recipe, command)))))
-        resume = resume or restarted(ranks)
+        resume = goes_on(out, resume, ranks)
         if ranks.main:
             refuse_taken(out, resume)
         how: dict[str, Any] = {"progress": progress, "dry_run": dry_run, "verify_cache": verify_cache, "metrics_port": metrics_port}
@@ -132,14 +144,11 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     stop = Stop(ranks)
     resumed: dict[str, list[int]] = {}
     meter = None if begun.model is None else Meter(begun.model.module)
-    if ranks.main:
-        make(job.out)
-        sweep(job.out)
     cost = Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
-    with stop.listening():
+    with stop.listening(), own_folder(job.out) if ranks.main else nullcontext():
         if recorded is None and ranks.main:
             # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
-            write_json(job.out / "environment.json", {"facts": begun.facts})
+            write_json(job.out / "environment.json", {"facts": begun.facts, **launched_by()})
             if data.skipped:
                 write_atomic(job.out / SKIPPED, skipped_csv(data))
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
@@ -200,7 +209,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                 "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
                 **_blocks(begun.student, recipe),
             }
-            environment = {**provenance(), **_where(engines, begun.device, ranks), "choices": record, "facts": begun.facts}
+            environment = {**provenance(), **_where(engines, begun.device, ranks), "choices": record, "facts": begun.facts, **launched_by()}
             if ranks.main:
                 # The recipe first: choices that stand in the environment are taken from the recipe on resume.
                 write_atomic(job.out / "recipe.yaml", recipe.to_yaml())

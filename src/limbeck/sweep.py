@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from limbeck._folder import finished, finished_metrics, make, read_recipe, refuse_taken
+from limbeck._folder import Stop, finished, finished_metrics, goes_on, launched_by, make, own_folder, read_recipe, refuse_taken
 from limbeck._recipe_check import differences as differing
 from limbeck._sweep_plan import plan_sweep
 from limbeck._sweep_share import Lending, judge
@@ -17,7 +18,7 @@ from limbeck._vary import Combination
 from limbeck.again import export_run
 from limbeck.errors import Problem, UsageError
 from limbeck.progress import Progress
-from limbeck.ranks import joined, restarted
+from limbeck.ranks import joined
 from limbeck.report import write_sweep_report
 from limbeck.run import commit_folder, finite, is_left_over, read_json, write_atomic, write_json
 from limbeck.spine import execute
@@ -49,7 +50,7 @@ def sweep(
     plan = {"vary": vary, "seeds": seeds, "recipes": {p.name: p.recipe.model_dump(mode="json") for p in points}}
     teachers = points[0].recipe.teacher_ranks
     with joined(teachers) as ranks, Progress(progress if ranks.main else "none", metrics_port if ranks.main else None) as shown:
-        resume = resume or restarted(ranks)
+        resume = goes_on(out, resume, ranks)
         if ranks.main:
             refuse_taken(out, resume)
             _same_plan(out, plan, resume)
@@ -61,24 +62,26 @@ def sweep(
         if done is not None:
             shown.say(f"{out} is finished; nothing is left to do.")
             return dict(done)
-        if ranks.main:
-            make(out / "runs")
+        with own_folder(out) if ranks.main else nullcontext():
+            if ranks.main:
+                make(out / "runs")
             # a sweep is a run to whoever asks whether a folder holds one; its recipe becomes the best one's
-            if not (out / "plan.json").exists():
+            if ranks.main and not (out / "plan.json").exists():
                 write_atomic(out / "recipe.yaml", points[0].recipe.to_yaml())
-                write_json(out / "plan.json", plan)
-        rows: list[dict[str, Any]] = []
-        for number, point in enumerate(points, start=1):
-            folder = lending.folder(point)
-            shown.say(f"[{number}/{len(points)}] {', '.join(f'{k} = {v}' for k, v in point.values.items())}")
-            metrics = ranks.from_main(partial(finished_metrics, folder))
-            if metrics is None:
-                metrics = execute(lending.job(point), shown, begun=begun)
-                begun = None
-            lending.took(point)
-            lending.keep_data(points[number:])
-            rows.append(_row(point, metrics, folder.relative_to(out)))
-        return dict(ranks.from_main(lambda: finite(_ended(out, points, rows, metrics, vary, shown))))
+                write_json(out / "plan.json", {**plan, **launched_by()})
+            rows: list[dict[str, Any]] = []
+            for number, point in enumerate(points, start=1):
+                folder = lending.folder(point)
+                shown.say(f"[{number}/{len(points)}] {', '.join(f'{k} = {v}' for k, v in point.values.items())}")
+                metrics = ranks.from_main(partial(finished_metrics, folder))
+                if metrics is None:
+                    metrics = execute(lending.job(point), shown, begun=begun)
+                    begun = None
+                lending.took(point)
+                lending.keep_data(points[number:])
+                rows.append(_row(point, metrics, folder.relative_to(out)))
+            with Stop(ranks).listening():
+                return dict(ranks.from_main(lambda: finite(_ended(out, points, rows, metrics, vary, shown))))
 
 
 def _finished(out: Path, points: list[Combination], lending: Lending) -> dict[str, Any] | None:
@@ -116,7 +119,8 @@ def _same_plan(out: Path, plan: dict[str, Any], resume: bool) -> None:
         if resume and out.is_dir() and any(not is_left_over(p) for p in out.iterdir()) and not (out / "recipe.yaml").is_file():
             raise UsageError(Problem("--resume", f"{out} holds no sweep (it has no plan.json)."))
         return
-    lines = differing(read_json(out / "plan.json"), json.loads(json.dumps(plan)), "")
+    begun = {key: value for key, value in read_json(out / "plan.json").items() if key != "launch"}
+    lines = differing(begun, json.loads(json.dumps(plan)), "")
     if lines:
         raise UsageError(
             [Problem("--resume", f"this sweep was begun with something else: {line}", "Name another --out.") for line in lines[:8]]

@@ -232,7 +232,15 @@ class TestDevice:
         """Its numbers would come from the generator that the student's dropout is drawn from, at any time."""
         assert limbeck("distill", placed(there, "device:cpu", "drawing", objective=LAYERS[::2]), "--out", tmp_path / "run") == 2
         assert "draws random numbers while it answers" in " ".join(capsys.readouterr().err.split())
-        run("distill", placed(there, "same", "drawing", objective=LAYERS[::2]), out=tmp_path / "same")
+        path, out = placed(there, "same", "drawing", objective=LAYERS[::2]), tmp_path / "stopped"
+        run("distill", path, out=tmp_path / "same")
+        # beside the student what it draws is that of the step, wherever the run goes on
+        process = start("distill", path, "--out", out, SLOW="0.05")
+        wait_for(process, lambda: len(steps(out, "student")) >= 3)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=600)
+        run("distill", path, "--resume", out=out)
+        equal(tmp_path / "same", out)
 
     def test_what_is_cached_is_filled_from_there_and_then_it_has_no_effect(
         self, there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -278,6 +278,66 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(there: Path, tmp_path
     assert at in read(out / "environment.json")["resumed_from"]
 
 
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_while_models_are_built_ends_all_with_its_code(there: Path, tmp_path: Path, signalled: int) -> None:
+    """Of a rank that loads for minutes, while the others wait for it."""
+    nets = (there / "nets.py").read_text()
+    slow = f"if os.environ['RANK'] == '{signalled}':\n    open(os.environ['THERE'], 'w').close()\n    time.sleep(60)\n"
+    (there / "loading.py").write_text(nets + slow)
+    path = recipe(there, "loading.yaml", **{**EXACT, "student": {"model": "python:loading.py:dense"}})
+    processes = ranks(2, "distill", path, "--out", tmp_path / "run", said=tmp_path / "said", THERE=str(tmp_path / "there"))
+    wait_for(processes[0], lambda: (tmp_path / "there").exists())
+    time.sleep(0.5)
+    began = time.monotonic()
+    processes[signalled].send_signal(signal.SIGTERM)
+    codes, said = ended(processes)
+    assert codes == [75, 75], said
+    assert "Traceback" not in said
+    assert time.monotonic() - began < 30  # and not as long as the one that sleeps
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_others_do_not_come_hears_a_signal(there: Path, tmp_path: Path, rank: int) -> None:
+    one, other = ranks(2, "distill", there / "recipe.yaml", "--out", tmp_path / "run", said=tmp_path / "said")
+    alive, gone = (one, other) if rank == 0 else (other, one)
+    gone.kill()
+    time.sleep(3)
+    alive.send_signal(signal.SIGTERM)
+    said = alive.communicate(timeout=60)[1]
+    assert alive.returncode == 75, said
+
+
+def test_torchruns_restarts_go_on_with_their_own_run_alone(there: Path, tmp_path: Path) -> None:
+    """One that stood there before is refused at every start, as --resume was not asked for; and one process is restarted as several are."""
+    out, again = tmp_path / "run", {"TORCHELASTIC_RESTART_COUNT": "1"}
+    process = start("distill", there / "recipe.yaml", "--out", out, SLOW="0.05", TORCHELASTIC_RUN_ID="first")
+    wait_for(process, lambda: len(steps(out, "student")) >= 3)
+    process.kill()
+    process.communicate(timeout=600)
+    for environment in ({"TORCHELASTIC_RUN_ID": "second"}, {"TORCHELASTIC_RUN_ID": "second", **again}, {}):
+        process = start("distill", there / "recipe.yaml", "--out", out, **environment)
+        said = process.communicate(timeout=600)[1]
+        assert (process.returncode, "exists and is not empty" in said) == (2, True), said
+    process = start("distill", there / "recipe.yaml", "--out", out, TORCHELASTIC_RUN_ID="first", **again)
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, said
+    assert distance(there / "alone/student", out / "student") == 0.0
+
+
+def test_two_processes_do_not_write_into_one_folder(there: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "run", recipe(there, "slow.yaml", baseline=False)
+    first = start("distill", path, "--out", out, SLOW="10")
+    wait_for(first, lambda: (out / "recipe.yaml").exists())
+    second = start("distill", path, "--out", out, "--resume")
+    said = second.communicate(timeout=600)[1]
+    assert second.returncode == 2, said
+    assert "is writing into" in " ".join(said.split())
+    assert first.poll() is None
+    first.kill()
+    first.communicate(timeout=600)
+    run("distill", path, "--resume", out=out)
+
+
 def test_the_same_number_of_ranks_ends_in_the_same_bytes(there: Path, tmp_path: Path) -> None:
     changes = {"student": {"model": "python:nets.py:student", "options": {"dropout": 0.3}}, "train": {"checkpoint_every": 1, "epochs": 3}}
     path = recipe(there, "dropout.yaml", **changes)

@@ -55,6 +55,56 @@ def test_two_ranks_over_nccl_end_in_the_weights_of_one(tmp_path: Path) -> None:
 
 
 @two
+@pytest.mark.parametrize("objective", ["gathered", "projected"])
+def test_gathered_losses_and_cut_steps_over_nccl(tmp_path: Path, objective: str) -> None:
+    """The items of all ranks for a relational loss, with their gradients; a projection that is averaged with the student; two microbatches each."""
+    terms: dict[str, list[dict[str, Any]]] = {
+        "gathered": [{"loss": "similarity_preserving", "weight": 30.0, "student": "1", "teacher": "1"}, {"loss": "cross_entropy"}],
+        "projected": [{"loss": "hint", "student": "1", "teacher": "1", "projector": "linear"}, {"loss": "cross_entropy"}],
+    }
+    changes = {**PLAIN, "objective": terms[objective], "teacher_cache": {"mode": "off"}, "train": {**PLAIN["train"], "accumulate": 2}}
+    folder = make_folder(tmp_path, train=64)
+    run(
+        "distill",
+        recipe(folder, "one.yaml", **(changes if objective == "projected" else {**changes, "train": PLAIN["train"]})),
+        out=tmp_path / "one",
+    )
+    # one process compares 16 items at once; two ranks with 8 each gather them, if none cuts its own
+    path = recipe(folder, "two.yaml", **(changes if objective == "projected" else {**changes, "train": PLAIN["train"]}))
+    torchrun(2, "distill", path, "--out", tmp_path / "two")
+    assert distance(tmp_path / "one/student", tmp_path / "two/student") < 1e-9
+
+
+@two
+def test_a_hung_rank_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    """And not by NCCL's watchdog, which would abort the process."""
+    folder = make_folder(tmp_path)
+    note = """
+
+class Hanging(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        if self.training and os.environ["RANK"] == "1":
+            time.sleep(600)
+        return self.head(x.flatten(1))
+
+
+def hanging(num_classes=3):
+    return Hanging(num_classes)
+"""
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + note)
+    path = recipe(folder, **{**PLAIN, "student": {"model": "python:nets.py:hanging"}})
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "limbeck")
+    process = start("distill", path, "--out", tmp_path / "run", program=launcher, LIMBECK_RANK_TIMEOUT="20")
+    _, said = process.communicate(timeout=300)
+    assert "did not answer for 20 s" in said
+    assert "SIGABRT" not in said
+
+
+@two
 def test_a_rank_takes_the_device_of_its_number_on_the_machine(tmp_path: Path) -> None:
     """Each rank writes down on which device its student is trained."""
     folder = make_folder(tmp_path)

@@ -85,3 +85,34 @@ def test_a_teacher_on_a_rank_of_its_own(there: Path, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
     assert distance(tmp_path / "same", tmp_path / "ranks") < 1e-9
+
+
+@two
+def test_the_teacher_works_while_the_student_trains(tmp_path: Path) -> None:
+    """By the devices' own clocks: for a good part of the time in which the teacher's device is busy, the student's is too."""
+    folder = make_folder(tmp_path, train=400)
+    wide = """
+
+def wide(num_classes=3):
+    return nn.Sequential(nn.Conv2d(1, 256, 3, padding=1), nn.ReLU(), *(nn.Conv2d(256, 256, 3, padding=1) for _ in range(6)),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes))
+"""
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + wide)
+    path = recipe(
+        folder,
+        teacher={"model": "python:nets.py:wide", "placement": "device:cuda:1"},
+        student={"model": "python:nets.py:wide"},
+        train={"epochs": 2, "batch_size": 100, "device": "cuda:0"},
+        teacher_cache={"mode": "off"},
+        baseline=False,
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run("distill", path, out=tmp_path / "run")
+    busy: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.device_index in busy:
+            busy[event.device_index].append((event.time_range.start, event.time_range.end))
+    ends = sorted(busy[0])
+    both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in busy[1] for c, d in ends if c < b and d > a)
+    assert busy[1]
+    assert both > 0.1 * sum(b - a for a, b in busy[1])

@@ -33,6 +33,23 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert found[1]["a"].tolist() == [3.0] * 3
 
 
+@pytest.mark.parametrize(("damaged", "kept"), [((10,), ["step-00000008", "step-00000009"]), ((8, 10), ["step-00000009"])])
+def test_what_is_committed_after_damaged_ones_stays(tmp_path: Path, damaged: tuple[int, ...], kept: list[str]) -> None:
+    """They are of later steps, and must neither count as the newest nor push out the good one before."""
+    for step in (8, 10):
+        checkpoint.save(tmp_path, step, state(step))
+    for step in damaged:
+        (tmp_path / f"step-{step:08d}" / "state.json").write_text("{}")
+    before = checkpoint.load_newest(tmp_path)
+    assert (before[0] if before is not None else 0) == (8 if 8 not in damaged else 0)
+    checkpoint.save(tmp_path, 9, state(9))
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert found[0] == 9
+    assert [name for name in sorted(p.name for p in tmp_path.iterdir()) if name in kept] == kept
+    assert not (tmp_path / "step-00000010").exists()
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 def test_every_flipped_byte_is_passed_over_for_the_one_before(tmp_path: Path, name: str) -> None:
     checkpoint.save(tmp_path, 1, state(1))

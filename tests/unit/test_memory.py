@@ -291,7 +291,7 @@ def test_a_slow_loader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = lines(tmp_path, "student")
     waits = [line["wait"] for line in found if "loss" in line]
     [named] = [line["slow_loader"] for line in found if "slow_loader" in line]
-    assert "went by waiting for batches, which one background thread made. Raise train.workers" in named
+    assert "went by waiting for batches, which this process itself made. Raise train.workers" in named
     assert f"student: {named}" in told
     assert waits[0] is None
     shares = [share for share in waits if share is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,7 @@ import yaml
 
 from limbeck._begin import begin, job_of
 from limbeck.errors import Stopped, UsageError
-from limbeck.ranks import ALONE, Ranks, joined, meet, restarted
+from limbeck.ranks import ALONE, Ranks, joined, launch, meet, own_device, restarted
 from limbeck.reading import absolute, build_recipe
 from running import make_folder, recipe
 
@@ -86,3 +87,36 @@ def test_one_device_for_all_processes_of_a_machine_is_refused(tmp_path: Path) ->
     job = job_of(there, folder, folder / "run")
     with pytest.raises(UsageError, match="got cuda:0, on which all 2 processes of this machine would work"):
         begin(replace(job, ranks=Ranks(local_size=2)))
+
+
+@pytest.mark.parametrize(
+    ("count", "local", "of", "torchrun", "expected"),
+    [
+        (0, 0, 2, True, None),
+        (2, 0, 2, True, 0),
+        (2, 1, 2, True, 1),
+        (4, 1, 2, True, 1),
+        (1, 0, 2, True, None),  # or both would take the only one
+        (1, 1, 2, True, None),
+        (2, 0, 4, True, None),
+        (1, 1, 2, False, 0),  # srun shows each task its own
+        (2, 1, 2, False, 1),
+        (1, 0, 1, False, 0),
+    ],
+)
+def test_each_rank_has_a_device_of_its_own_or_none_has(count: int, local: int, of: int, torchrun: bool, expected: int | None) -> None:
+    environment = {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(of), **({"TORCHELASTIC_RUN_ID": "none"} if torchrun else {})}
+    assert own_device(count, environment) == expected
+
+
+def test_a_single_process_may_be_restarted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not restarted(ALONE)
+    assert launch() is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarted(ALONE)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1")
+    assert launch() == "a1"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert str(os.getppid()) in str(launch())

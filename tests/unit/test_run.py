@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from limbeck import run
 from limbeck._folder import refuse_taken
 from limbeck.errors import DiskFull, UsageError
 from limbeck.run import Log, disk_errors, join_logs, read_json, sweep
@@ -317,3 +320,30 @@ def test_a_tracker_that_fails_leaves_none_open(tmp_path: Path, trackers: tuple[F
     with pytest.raises(TypeError):
         tracked(tmp_path, [1])
     assert [s["exit_code"] for s in wandb.sessions] == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError(errno.ENOSPC, "No space left on device"), False), (OSError(errno.EIO, "broken"), True)]
+)
+def test_a_full_disk_is_told_once_and_not_by_the_boards_thread(
+    error: OSError, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises what it keeps for the next who writes to the board, and a thread's exception is printed."""
+    module = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    run._say_once.cache_clear()
+    Log(tmp_path).close()
+
+    class Full:
+        def write(self, data: bytes) -> None:
+            raise error
+
+        flush = close = write
+
+    waiting: queue.Queue[bytes] = queue.Queue()
+    waiting.put(b"event")
+    thread = module._AsyncWriterThread(waiting, Full(), 120)
+    thread.start()
+    thread.join(30)
+    assert thread.exception is error
+    assert ("Traceback" in capsys.readouterr().err) == told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -376,11 +377,15 @@ def statistics(split: Split, channels: int, limit: int = 2000) -> tuple[tuple[fl
         chosen = split.rows[np.argsort(_keys(split.ids, 0, "statistics"), kind="stable")[:limit]]
         for row in chosen:
             _count([preview(split.source, int(row), 128)], histogram)
-    values = np.arange(256) / 255.0
-    weights = histogram / np.maximum(histogram.sum(axis=1, keepdims=True), 1e-300)
-    mean = weights @ values
-    std = np.sqrt(np.maximum(weights @ values**2 - mean**2, 0.0))
-    return tuple(float(m) for m in mean), tuple(float(s) if s > 1e-6 else 1.0 for s in std)
+    means, stds = [], []
+    for counted in histogram.tolist():
+        # Exactly rounded sums: NumPy's depend on the processor in the last bit, and whose answers a cache holds is told by these numbers too.
+        total = max(math.fsum(counted), 1e-300)
+        mean = math.fsum(n * (v / 255.0) for v, n in enumerate(counted)) / total
+        std = math.sqrt(math.fsum(n * (v / 255.0 - mean) ** 2 for v, n in enumerate(counted)) / total)
+        means.append(mean)
+        stds.append(std if std > 1e-6 else 1.0)
+    return tuple(means), tuple(stds)
 
 
 def _count(images: list[Any], histogram: npt.NDArray[np.float64]) -> None:
