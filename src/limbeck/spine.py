@@ -254,7 +254,7 @@ def _teacher_at_work(
         ahead = begun.seat is not None and begun.seat.ahead
         return beside(live, Engine(begun.device, recipe.train.precision)) if ahead else live, (engine, why)
     if model is not None and begun.found is not None and meter is not None:
-        verify = VERIFIED if job.verify_cache is None else job.verify_cache
+        verify = job.verify_cache if job.verify_cache is not None else 0 if job.compared else VERIFIED
         why = keep_answers(
             answers,
             begun.found,

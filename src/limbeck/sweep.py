@@ -77,7 +77,9 @@ def sweep(
                 if metrics is None:
                     metrics = execute(lending.job(point), shown, begun=begun)
                     begun = None
-                lending.took(point)
+                    lending.ran(point)
+                else:
+                    lending.took(point)
                 lending.keep_data(points[number:])
                 rows.append(_row(point, metrics, folder.relative_to(out)))
             with Stop(ranks).listening():

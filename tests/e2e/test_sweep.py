@@ -58,6 +58,20 @@ def test_each_combination_is_the_run_alone_and_the_teacher_is_asked_once(here: P
     assert [row["cost"]["baseline_seconds"] > 0 for row in found["rows"]] == [True, True, False, False]
 
 
+def test_a_teacher_that_is_loaded_each_time_is_compared_with_its_answers_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the sweep that filled them not at all; by one that found them in its first combination; and for each directory anew."""
+    path = recipe(here, objective=OBJECTIVE, baseline=False, teacher_cache={"path": str(here / "cache")})
+    vary = ("--vary", "objective.0.temperature=2,8,4")
+    sweep(path, *vary, out=here / "first")
+    assert "were compared" not in capsys.readouterr().err
+    sweep(path, *vary, out=here / "second")
+    assert capsys.readouterr().err.count("teach answers in") == 1
+    sweep(path, "--vary", "teacher_cache.codec=float16,float32", *vary, out=here / "third")
+    said = capsys.readouterr().err
+    assert said.count("teach answers in") == 1  # of float16; those of float32 were not there
+    assert said.count("48 answers") == 1
+
+
 def test_the_best_on_validation_stands_on_top_with_its_recipe(here: Path) -> None:
     changes = {"objective": OBJECTIVE, "export": ["torchscript"], "train": {"epochs": 3}}
     found = sweep(recipe(here, **changes), "--vary", "train.lr=1e-4,0.05,0.02", out=here / "sweep")

@@ -12,11 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from limbeck import _choices, spine
+from limbeck import _choices, _roles, spine
 from limbeck.reading import build_recipe
 
 
@@ -53,9 +54,8 @@ def main() -> None:
         Path(config["out"]).write_text(json.dumps(dict(zip(names, grids, strict=True))))
         sys.exit(0)
 
-    _choices.measure = measure
-    spine.fit = no_fit  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as folder:
+    # patched so that a name that moved is an error, and not a measurement of something else
+    with patch.object(_choices, "measure", measure), patch.object(_roles, "fit", no_fit), tempfile.TemporaryDirectory() as folder:
         spine.run_recipe(build_recipe(config["recipe"], command="distill"), base=Path.cwd(), out=Path(folder) / "run", progress="none")
 
 

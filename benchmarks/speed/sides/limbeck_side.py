@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo  # the first optimiser of a process imports it: imports are outside of every turn
@@ -80,11 +81,15 @@ def main() -> None:
             os._exit(0)  # leaving in order would wait for the other ranks
         sys.exit(0)  # the rest of the run is not measured
 
-    _roles.fit, spine.keep_answers = fit, fill_first  # type: ignore[assignment]
-    # how fast the teacher answers is measured for three seconds before it is let go: evaluation, which is left out of every side
-    spine.measures = lambda *_: dict.fromkeys(("parameters", "bytes", "flops", "latency_ms", "throughput"))  # type: ignore[assignment]
     recipe = build_recipe(config["recipe"], command="train" if config["recipe"].get("teacher") is None else "distill")
-    with tempfile.TemporaryDirectory(dir=config["out"]) as folder:
+    # how fast the teacher answers is measured for three seconds before it is let go: evaluation, which is left out of every side
+    unmeasured = dict.fromkeys(("parameters", "bytes", "flops", "latency_ms", "throughput"))
+    with (
+        patch.object(_roles, "fit", fit),
+        patch.object(spine, "keep_answers", fill_first),
+        patch.object(spine, "measures", lambda *_: unmeasured),
+        tempfile.TemporaryDirectory(dir=config["out"]) as folder,
+    ):
         spine.run_recipe(recipe, base=Path.cwd(), out=Path(folder) / "run", progress="none")
 
 
