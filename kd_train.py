@@ -9,10 +9,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     try:
-        from limbeck.cli import main
+        from limbeck.cli import console
     except ModuleNotFoundError as error:
         if error.name != "limbeck":
             raise
         sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
-        from limbeck.cli import main
-    main(["distill", "--fit-teacher", *sys.argv[1:]], program="kd_train.py")
+        from limbeck.cli import console
+    console(["distill", "--fit-teacher", *sys.argv[1:]], program="kd_train.py")

@@ -48,9 +48,9 @@ class Job:
 
     build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
     sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
-    teacher; None: some, where the teacher is loaded anyway and this process has not ``compared`` them before. uses: how many students learn from
-    its answers, this one included, where that is more than ``seeds``. lender: a finished run of the same student, data and training, whose
-    baselines (by seed), and what it chose for the student by measuring, are this run's too.
+    teacher; None: some, where the teacher is loaded anyway; but not those of directories that were ``compared``, or filled, before. uses: how many
+    students learn from its answers, this one included, where that is more than ``seeds``. lender: a finished run of the same student, data and
+    training, whose baselines (by seed), and what it chose for the student by measuring, are this run's too.
     ranks: the processes that share the work, all of which hold the same job. plan: it is only planned, by a single process.
     """
 
@@ -63,7 +63,7 @@ class Job:
     seeds: int = 1
     sources: Callable[[], Sources | None] = lambda: None
     verify_cache: int | None = None
-    compared: bool = False
+    compared: set[Path] = field(default_factory=set)
     uses: int = 0
     lender: Path | None = None
     ranks: Ranks = ALONE

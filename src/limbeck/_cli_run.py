@@ -79,8 +79,8 @@ def _leaving(as_json: bool) -> Iterator[None]:
     out = os.dup(1) if as_json and os.environ.get("RANK", "0") == "0" else None  # descriptor 1 is led elsewhere meanwhile
 
     def leave(number: int, frame: object) -> None:
-        if "limbeck.ranks" in sys.modules:
-            sys.modules["limbeck.ranks"].leaving(error.exit_code)
+        # it may be half imported
+        getattr(sys.modules.get("limbeck.ranks"), "leaving", lambda code: None)(error.exit_code)
         os.write(2, f"{error}\n".encode())
         if out is not None:
             os.write(out, document.encode())

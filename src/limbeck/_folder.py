@@ -111,11 +111,17 @@ def held(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def own_folder(out: Path) -> Iterator[None]:
-    """The folder, there and this process's own; what was left in it by one that was killed is gone."""
+def own_folder(out: Path, begun: bool) -> Iterator[None]:
+    """The folder, there and this process's own; what was left in it by one that was killed is gone. begun: whether what it holds is gone on with.
+
+    Raises: UsageError where another process holds it, or has begun a run in it since it was judged.
+    """
     make(out)
     with held(out):
         sweep(out)
+        if not begun and (out / "recipe.yaml").is_file():
+            text = f"another process has begun a run in {out} meanwhile."
+            raise UsageError(Problem("--out", text, "Name another folder, or add --resume to continue that run."))
         yield
 
 

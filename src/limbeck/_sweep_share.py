@@ -49,13 +49,6 @@ def baseline_key(recipe: Recipe) -> str:
     return _text([plain, [_cross_entropy(terms) for terms in recipe.objectives], recipe.teacher_cache.views])
 
 
-def answers_key(recipe: Recipe) -> str:
-    """What decides which of the teacher's answers are wanted, but for how many."""
-    teacher = None if recipe.teacher is None else recipe.teacher.model_dump(mode="json")
-    needs = needs_of(recipe.terms)[1]
-    return _text([teacher, recipe.data.model_dump(mode="json"), recipe.task, recipe.teacher_cache.model_dump(mode="json"), vars(needs)])
-
-
 def teacher_key(recipe: Recipe) -> str | None:
     """What a teacher's own training depends on (its settings over those of the student); None where it is not trained.
 
@@ -120,7 +113,7 @@ class Lending:
     taught: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, Data] = field(default_factory=dict)
     plan: bool = False
-    compared: set[str] = field(default_factory=set)
+    compared: set[Path] = field(default_factory=set)
 
     def folder(self, point: Combination) -> Path:
         return self.out / "runs" / point.name
@@ -152,7 +145,7 @@ class Lending:
             uses=self.uses,
             lender=self.runs.get(baseline_key(recipe)),
         )
-        return replace(job, ranks=self.ranks, plan=self.plan, compared=answers_key(recipe) in self.compared)
+        return replace(job, ranks=self.ranks, plan=self.plan, compared=self.compared)
 
     def keep_data(self, points: Iterable[Combination]) -> None:
         """Let go of the data that none of these reads."""
@@ -166,11 +159,6 @@ class Lending:
         if key is not None and (folder / "teacher" / "model.json").is_file():
             self.taught.setdefault(key, {"model": f"run:{(folder / 'teacher').resolve()}", "weights": None, "options": {}, "train": None})
         self.runs.setdefault(baseline_key(recipe), folder)
-
-    def ran(self, point: Combination) -> None:
-        """It ran in this process, which has asked the teacher for its answers, or compared those that were there with it."""
-        self.compared.add(answers_key(self.recipe(point)))
-        self.took(point)
 
 
 class _Found:

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
@@ -340,7 +341,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "limbeck") -> No
     sys.exit(call(typer.main.get_command(app), sys.argv[1:] if arguments is None else list(arguments), program))
 
 
-def console() -> NoReturn:
+def console(arguments: Sequence[str] | None = None, program: str = "limbeck") -> NoReturn:
     """The console script: runs a command and ends the process.
 
     An interpreter that is taken down ends the process with abort() when a native thread still wants it: one of a process group or of a loader that
@@ -348,13 +349,17 @@ def console() -> NoReturn:
     """
     code: Any = 1
     try:
-        main()
-    except SystemExit as stop:
+        main(arguments, program)
+    except SystemExit as stop:  # of a user's own module it may hold anything
         code = stop.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for all threads but daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None where it was closed
             stream.flush()
-    os._exit(code)
+    os._exit(code or 0)

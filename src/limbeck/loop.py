@@ -119,6 +119,7 @@ def fit(
         done.resumed_from.append(found[0])
         recorder.log.write({"role": recorder.role, "step": found[0], "resumed_from": found[0]})
         recorder.progress.say(f"{recorder.role}: resumed from step {done.steps} of {plan.total_steps}.")
+    found = None  # its moments are the optimiser's, and are about to be moved
     ranks.tell(done.steps)
     touch = Step(optimizer)
     watch = _Watch(touch, scaler, engine, parameters, [module, objective], recorder.role, ranks)

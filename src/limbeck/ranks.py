@@ -285,11 +285,15 @@ def launched() -> bool:
 
 
 def launch() -> str | None:
-    """A name of this start of torchrun, the same after each of its restarts; None without it. Its run id, or where that is empty, its process."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    """A name of this start of torchrun, the same after each of its restarts; None without it."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name is None:
         return None
-    name = os.environ["TORCHELASTIC_RUN_ID"]
-    return name if name not in ("", "none") else f"{socket.gethostname()}, process {os.getppid()}"
+    # A run id may be used again, and in a container every launcher is process 1: when it began tells them apart.
+    began = ""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{os.getppid()}/stat", encoding="utf-8", errors="replace") as f:
+        began = f.read().rpartition(")")[2].split()[19]
+    return f"{name}, {socket.gethostname()}, process {os.getppid()}, {began}"
 
 
 def restarted(ranks: Ranks) -> bool:
@@ -338,7 +342,7 @@ def joined(teachers: int = 0) -> Iterator[Ranks]:
     timeout = timedelta(seconds=_timeout())
     common = _common_store(rank, size, timeout)
     store = PrefixStore(meet(common, rank, size, timeout.total_seconds()), common)
-    backend, own = "gloo", own_device(torch.cuda.device_count() if torch.cuda.is_available() else 0, os.environ)
+    backend, own = "cpu:gloo", own_device(torch.cuda.device_count() if torch.cuda.is_available() else 0, os.environ)
     if own is not None:
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
@@ -378,23 +382,20 @@ def _common_store(rank: int, size: int, timeout: timedelta) -> Any:
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isdecimal() and int(port) < 2**16):
         raise UsageError(Problem("MASTER_PORT", f"got {port!r}, expected a number from 0 to 65535."))
-    if rank == 0:
-        try:
-            return TCPStore(host, int(port), size, True, timeout, wait_for_workers=False, multi_tenant=True)
-        except (dist.DistError, RuntimeError) as e:
-            text = f"this process cannot listen there ({str(e).splitlines()[0][:200]})."
-            raise UsageError(
-                Problem(f"MASTER_ADDR:MASTER_PORT {host}:{port}", text, "It is the main rank's own machine, and a free port.")
-            ) from e
     end = time.monotonic() + timeout.total_seconds()
     while True:
         left = max(0.1, end - time.monotonic())
+        how: dict[str, Any] = {"timeout": timedelta(seconds=min(_CALL, left)), "wait_for_workers": False, "multi_tenant": rank == 0}
         try:
-            store = TCPStore(host, int(port), size, False, timedelta(seconds=min(_CALL, left)), wait_for_workers=False)
+            store = TCPStore(host, int(port), size, rank == 0, **how)
         except (dist.DistError, RuntimeError) as e:
+            said = str(e).splitlines()[0][:200]
+            if rank == 0 and "listen" in str(e):
+                text = f"the main rank cannot listen there ({said})."
+                raise UsageError(Problem(f"MASTER_ADDR:MASTER_PORT {host}:{port}", text, "Name its own machine, and a free port.")) from e
             if time.monotonic() < end:
                 continue
-            text = f"The main rank was not found at {host}:{port} within {timeout.total_seconds():,.0f} s. Start it again."
+            text = f"The main rank was not found at {host}:{port} within {timeout.total_seconds():,.0f} s ({said}). Start it again."
             raise Stopped(text) from e
         store.set_timeout(timeout)
         return store

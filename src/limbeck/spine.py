@@ -145,7 +145,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     resumed: dict[str, list[int]] = {}
     meter = None if begun.model is None else Meter(begun.model.module)
     cost = Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
-    with stop.listening(), own_folder(job.out) if ranks.main else nullcontext():
+    with stop.listening(), own_folder(job.out, job.resume and recorded is not None) if ranks.main else nullcontext():
         if recorded is None and ranks.main:
             # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
             write_json(job.out / "environment.json", {"facts": begun.facts, **launched_by()})
@@ -254,7 +254,8 @@ def _teacher_at_work(
         ahead = begun.seat is not None and begun.seat.ahead
         return beside(live, Engine(begun.device, recipe.train.precision)) if ahead else live, (engine, why)
     if model is not None and begun.found is not None and meter is not None:
-        verify = job.verify_cache if job.verify_cache is not None else 0 if job.compared else VERIFIED
+        again = job.compared.issuperset(answers.folders.values())
+        verify = job.verify_cache if job.verify_cache is not None else 0 if again else VERIFIED
         why = keep_answers(
             answers,
             begun.found,
@@ -267,6 +268,7 @@ def _teacher_at_work(
             chosen=choice,
             ranks=ranks,
         )
+        job.compared.update(answers.folders.values())
     else:
         why = {"measured": [], "reason": "as its answers were given"}
     for folder in answers.folders.values() if ranks.main else ():

@@ -62,7 +62,7 @@ def sweep(
         if done is not None:
             shown.say(f"{out} is finished; nothing is left to do.")
             return dict(done)
-        with own_folder(out) if ranks.main else nullcontext():
+        with own_folder(out, resume) if ranks.main else nullcontext():
             if ranks.main:
                 make(out / "runs")
             # a sweep is a run to whoever asks whether a folder holds one; its recipe becomes the best one's
@@ -77,9 +77,7 @@ def sweep(
                 if metrics is None:
                     metrics = execute(lending.job(point), shown, begun=begun)
                     begun = None
-                    lending.ran(point)
-                else:
-                    lending.took(point)
+                lending.took(point)
                 lending.keep_data(points[number:])
                 rows.append(_row(point, metrics, folder.relative_to(out)))
             with Stop(ranks).listening():

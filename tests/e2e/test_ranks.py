@@ -301,7 +301,14 @@ def test_a_rank_whose_others_do_not_come_hears_a_signal(there: Path, tmp_path: P
     one, other = ranks(2, "distill", there / "recipe.yaml", "--out", tmp_path / "run", said=tmp_path / "said")
     alive, gone = (one, other) if rank == 0 else (other, one)
     gone.kill()
-    time.sleep(3)
+    status = Path(f"/proc/{alive.process.pid}/status")  # type: ignore[attr-defined]
+
+    def hears() -> bool:
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+    wait_for(alive, hears)
+    time.sleep(1)  # it waits for the other by now
     alive.send_signal(signal.SIGTERM)
     said = alive.communicate(timeout=60)[1]
     assert alive.returncode == 75, said

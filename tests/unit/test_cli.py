@@ -128,6 +128,23 @@ class TestTheEnd:
             assert "Traceback" not in done.stderr
             (tmp_path / "left").unlink()  # what was registered for the end of the program has run
 
+    def test_threads_are_waited_for_and_closed_output_is_no_error(self, tmp_path: Path) -> None:
+        code = (
+            "import threading, time\n"
+            "def work():\n    time.sleep(1)\n    open('written', 'w').close()\n"
+            "threading.Thread(target=work).start()\n"
+            "import sys\nfrom limbeck.cli import console\nsys.argv = ['limbeck', 'losses', 'kdd']\nconsole()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", f"import os\nos.close(1)\n{code}"], cwd=tmp_path, check=False, timeout=120)
+        assert done.returncode == 2
+        assert (tmp_path / "written").exists()
+
+    @pytest.mark.parametrize(("given", "expected"), [("None", 0), ("'all of it'", 1), ("75", 75)])
+    def test_whatever_a_user_leaves_with(self, given: str, expected: int, tmp_path: Path) -> None:
+        code = f"import sys\nimport limbeck.cli as cli\ncli.call = lambda *_: sys.exit({given})\nsys.argv = ['limbeck', 'losses']\ncli.console()\n"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, "all of it" in done.stderr) == (expected, expected == 1)
+
     def test_a_mistake_of_our_own_keeps_its_traceback(self, tmp_path: Path) -> None:
         code = (
             "import limbeck.cli as cli\ndef bad(*_):\n    raise ZeroDivisionError('ours')\ncli.call = bad\n"
@@ -313,6 +330,7 @@ def test_the_classic_script_is_distill_that_fits_its_teacher(
     (tmp_path / "reviews.csv").write_text("text,label\na,b\n")
     arguments = ["--teacher", "bert-large", "--student", "bert-base", "--temp", "6.0", "--alpha", "0.7", "--data", "reviews.csv"]
     monkeypatch.setattr(sys, "argv", ["kd_train.py", *arguments])
+    monkeypatch.setattr("limbeck.cli.console", cli.main)  # which would end this process
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "kd_train.py"), run_name="__main__")
     assert stop.value.code == 0

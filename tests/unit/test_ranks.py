@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -117,6 +118,32 @@ def test_a_single_process_may_be_restarted_too(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert restarted(ALONE)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1")
-    assert launch() == "a1"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert str(os.getppid()) in str(launch())
+    first = launch()
+    assert first == launch()
+    assert str(os.getppid()) in str(first)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launch() != first
+
+
+def test_ranks_that_share_a_cuda_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a group as it is made where a machine has fewer devices than ranks: it names no backend for CUDA."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found: list[str] = []
+
+    def made(backend: str, **_: object) -> None:
+        found.append(backend)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dist, "init_process_group", made)
+    monkeypatch.setattr("limbeck.ranks.meet", lambda *_: "name")
+    with pytest.raises(KeyboardInterrupt), joined():
+        pass
+    assert found == ["cpu:gloo"]
+    monkeypatch.setattr(dist, "get_backend_config", lambda: found[0])
+    with pytest.raises(UsageError, match="2 processes of this machine would train on CUDA, and it has 0 devices"):
+        Ranks(0, 2, 2).refuse_shared(torch.device("cuda", 0))
+    Ranks(0, 2, 2).refuse_shared(torch.device("cpu"))
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    Ranks(0, 2, 2).refuse_shared(torch.device("cuda", 0))

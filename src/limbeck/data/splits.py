@@ -382,7 +382,8 @@ def statistics(split: Split, channels: int, limit: int = 2000) -> tuple[tuple[fl
         # Exactly rounded sums: NumPy's depend on the processor in the last bit, and whose answers a cache holds is told by these numbers too.
         total = max(math.fsum(counted), 1e-300)
         mean = math.fsum(n * (v / 255.0) for v, n in enumerate(counted)) / total
-        std = math.sqrt(math.fsum(n * (v / 255.0 - mean) ** 2 for v, n in enumerate(counted)) / total)
+        away = [v / 255.0 - mean for v in range(256)]
+        std = math.sqrt(math.fsum(n * (d * d) for d, n in zip(away, counted, strict=True)) / total)
         means.append(mean)
         stds.append(std if std > 1e-6 else 1.0)
     return tuple(means), tuple(stds)
