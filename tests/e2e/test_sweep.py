@@ -72,6 +72,21 @@ def test_a_teacher_that_is_loaded_each_time_is_compared_with_its_answers_once(he
     assert said.count("48 answers") == 1
 
 
+def test_what_an_earlier_combination_only_read_is_compared_when_the_teacher_is_loaded(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache that has all that the first combination wants; the second one adds to it."""
+    run("train", recipe(here, "teacher.yaml", teacher=None, student={"model": "python:nets.py:teacher"}), out=here / "teacher")
+    changes = {"teacher": {"model": "run:teacher"}, "data": {"augment": {"crop": 1}}, "baseline": False, "objective": OBJECTIVE}
+    path = recipe(here, **changes, teacher_cache={"path": str(here / "cache"), "views": 3})
+    run("distill", path, "--set", "train.epochs=1", out=here / "one")
+    capsys.readouterr()
+    sweep(path, "--vary", "train.epochs=1,3", out=here / "swept")
+    first, _, second = capsys.readouterr().err.partition("[2/2]")
+    assert "teach answers in" not in first  # the teacher is not loaded
+    assert "teach answers in" in second
+
+
 def test_the_best_on_validation_stands_on_top_with_its_recipe(here: Path) -> None:
     changes = {"objective": OBJECTIVE, "export": ["torchscript"], "train": {"epochs": 3}}
     found = sweep(recipe(here, **changes), "--vary", "train.lr=1e-4,0.05,0.02", out=here / "sweep")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import queue
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -347,3 +348,12 @@ def test_a_full_disk_is_told_once_and_not_by_the_boards_thread(
     thread.join(30)
     assert thread.exception is error
     assert ("Traceback" in capsys.readouterr().err) == told
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system has no /proc")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    """As getrusage would have it: a notebook that holds 1 GB and starts a small run."""
+    code = "from limbeck.progress import peak_rss_bytes\nprint(peak_rss_bytes())"
+    large = f"import subprocess, sys\nheld = bytearray(2**30)\nsubprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True, timeout=120)
+    assert 2**20 < int(done.stdout) < 2**30
