@@ -541,7 +541,9 @@ MUTANTS = (
     Mutant("a-rate-of-a-stage-is-forgotten", "loop.py", "top = settings.lr if own is None else own", "top = settings.lr", STAGES),
     Mutant("one-objective-for-all-stages", "loop.py", "goal = objective.at(request.stage)", "goal = objective.at(0)", STAGES),
     Mutant("every-stage-asks-what-the-first-one-does", "loop.py", "own = objective.at(request.stage)", "own = objective.at(0)", STAGES),
-    Mutant("a-teacher-is-tried-when-nobody-asks", "placement.py", "if needs is not None and not tried:", "if before is None:", STAGES),
+    Mutant(
+        "a-teacher-is-tried-when-nobody-asks", "placement.py", "trial = needs is not None and not tried", "trial = before is None", STAGES
+    ),
     Mutant("a-projection-begins-again", "objective.py", "kept.setdefault((term.name, own, shapes), term.loss)", "term.loss", STAGES),
     Mutant(
         "the-baseline-reads-all-rows",
@@ -652,7 +654,7 @@ MUTANTS = (
         "(slice(0, TRACE_BATCH),)",
         ("unit/test_export.py::test_the_cases_avoid_what_is_traced",),
     ),
-    Mutant("interpreter-taken-down", "cli.py", "    os._exit(code)", "    sys.exit(code)", ("unit/test_cli.py::TestTheEnd",)),
+    Mutant("interpreter-taken-down", "cli.py", "    os._exit(code or 0)", "    sys.exit(code or 0)", ("unit/test_cli.py::TestTheEnd",)),
 )
 
 

@@ -76,7 +76,7 @@ def goes_on(out: Path, resume: bool, ranks: Ranks) -> bool:
     if resume or not restarted(ranks):
         return resume
     files = (out / "environment.json", out / "plan.json")
-    return bool(ranks.from_main(lambda: launch() in [read_json(f).get("launch", "") for f in files if f.is_file()]))
+    return bool(ranks.from_main(lambda: launch() in [read_json(f).get("launch", "") for f in files if os.path.isfile(f)]))
 
 
 def launched_by() -> dict[str, str]:
@@ -119,7 +119,7 @@ def own_folder(out: Path, begun: bool) -> Iterator[None]:
     make(out)
     with held(out):
         sweep(out)
-        if not begun and (out / "recipe.yaml").is_file():
+        if not begun and os.path.isfile(out / "recipe.yaml"):
             text = f"another process has begun a run in {out} meanwhile."
             raise UsageError(Problem("--out", text, "Name another folder, or add --resume to continue that run."))
         yield

@@ -144,8 +144,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     stop = Stop(ranks)
     resumed: dict[str, list[int]] = {}
     meter = None if begun.model is None else Meter(begun.model.module)
-    cost = Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
     with stop.listening(), own_folder(job.out, job.resume and recorded is not None) if ranks.main else nullcontext():
+        cost = Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
         if recorded is None and ranks.main:
             # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
             write_json(job.out / "environment.json", {"facts": begun.facts, **launched_by()})
