@@ -26,6 +26,8 @@ def trial(lab: Lab, case: Case, stage: str | None, number: int, twice: bool, cha
     if aim is not None:
         aim.wait(child)
     else:
+        while child.running() and not child.hears():
+            time.sleep(0.001)
         time.sleep(chance.random() * lab.left_alone(case).seconds)
     before = {role: steps(run.out, role) for role in ("student", "baseline")}
     asked, used = time.monotonic(), child.cpu_so_far()
