@@ -85,10 +85,14 @@ def in_words(schema: Schema, root: Schema) -> str:
     return {"boolean": "true or false", "null": "null"}.get(str(kind), "another value")
 
 
+def _plain(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
 def _range(schema: Schema) -> str:
     low = f"at least {schema['minimum']:g}" if "minimum" in schema else ""
     low = f"greater than {schema['exclusiveMinimum']:g}" if "exclusiveMinimum" in schema else low
-    high = f"at most {schema['maximum']:g}" if "maximum" in schema and schema["maximum"] < 2**40 else ""
+    high = f"at most {_plain(schema['maximum'])}" if "maximum" in schema and schema["maximum"] < 2**40 else ""
     high = f"less than {schema['exclusiveMaximum']:g}" if "exclusiveMaximum" in schema else high
     both = " and ".join(part for part in (low, high) if part)
     if not both:

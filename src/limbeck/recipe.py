@@ -44,6 +44,8 @@ def _no_switch(value: Any) -> Any:
 _number = BeforeValidator(_no_switch)
 Real = Annotated[float, _number]
 Count = Annotated[int, Field(ge=1), _number]
+# Above that it is a slip of the hand, and the list of epochs alone would fill the memory.
+Epochs = Annotated[int, Field(ge=1, le=1_000_000), _number]
 Weight = Annotated[float, Field(json_schema_extra={"expected": "a number or 'paper'"}), _number]
 BatchSize = Annotated[int, Field(ge=1, json_schema_extra={"expected": "a whole number of at least 1 or 'auto'"}), _number]
 Workers = Annotated[int, Field(ge=0), _number]
@@ -91,7 +93,7 @@ class Schedule(Section):
 class TeacherTraining(Section):
     """Fine-tune the teacher on the labelled data first, with cross entropy; what is null is as for the student."""
 
-    epochs: Count = 3
+    epochs: Epochs = 3
     batch_size: Count | None = None
     optimizer: Literal["adamw", "adam", "sgd"] | None = None
     lr: Positive | None = None
@@ -178,7 +180,7 @@ class Term(Section):
 class Stage(Section):
     """A stretch of training; what is null is as in the whole recipe."""
 
-    epochs: Count
+    epochs: Epochs
     fraction: Share = 1.0
     """Of the training rows: the first of them in the order of a hash of (data seed, sample id), so that a smaller fraction is a part of a larger
     one. Not stratified."""
@@ -194,7 +196,7 @@ class Stage(Section):
 class Train(Section):
     """How the student (and the baseline) is trained."""
 
-    epochs: Count = 10
+    epochs: Epochs = 10
     """With stages, the sum of theirs."""
     stages: Annotated[list[Stage], Field(min_length=1)] | None = None
     """Stretches of training, one after the other, in one run."""

@@ -130,6 +130,12 @@ class TestDefaults:
         assert default_objective(2.0, 1.0) == [{"loss": "kd", "weight": 1.0, "temperature": 2.0}]
         assert default_objective(2.0, 0.0) == [{"loss": "cross_entropy", "weight": 1.0}]
 
+    @pytest.mark.parametrize("train", [{"epochs": 10**9}, {"stages": [{"epochs": 10**12}]}], ids=["of all", "of a stage"])
+    def test_epochs_without_measure_are_a_slip_of_the_hand(self, train: dict[str, Any]) -> None:
+        """A list of them would fill the memory before anything could be said."""
+        [said] = problems({**IMAGES, "train": train}).values()
+        assert "at least 1 and at most 1,000,000" in said
+
     def test_the_weight_of_the_authors(self) -> None:
         """By name, in every stage; a run's own recipe has the number."""
         term = {"loss": "similarity_preserving", "weight": "paper", "student": "layer4", "teacher": "layer4"}
@@ -239,12 +245,12 @@ class TestProblems:
         assert found["studnt"] == "no such key. Did you mean 'student'?"
         assert found["train.lr"] == "got 'fast', expected a number greater than 0."
         assert found["train.epoch"] == "no such key. Did you mean 'epochs'?"
-        assert found["train.epochs"] == "got true, expected a whole number of at least 1."
+        assert found["train.epochs"] == "got true, expected a whole number of at least 1 and at most 1,000,000."
         assert found["train.workers"] == "got -1, expected a whole number of at least 0 or 'auto'."
         assert found["train.schedule"] == "got 'cosin', expected one of cosine, linear, one_cycle, constant. Did you mean 'cosine'?"
         assert found["data.lable"] == "no such key. Did you mean 'label'?"
         assert found["data.augment.crp"] == "no such key. Did you mean 'crop'?"
-        assert found["teacher.train.epochs"] == "got 0, expected a whole number of at least 1."
+        assert found["teacher.train.epochs"] == "got 0, expected a whole number of at least 1 and at most 1,000,000."
         assert found["export.0"] == "got 'onx', expected one of onnx, torchscript, pt2. Did you mean 'onnx'?"
         assert found["objective.4.weight.end"] == "is missing, expected a number."
         assert "sgd" in found["train.momentum"]
@@ -260,7 +266,7 @@ class TestProblems:
         head, *lines = str(caught.value).splitlines()
         assert head == "my.yaml: 2 problems"
         assert sorted(lines) == [
-            "  train.epochs: got 'x', expected a whole number of at least 1.",
+            "  train.epochs: got 'x', expected a whole number of at least 1 and at most 1,000,000.",
             "  train.lr: got 0, expected a number greater than 0.",
         ]
         assert caught.value.exit_code == 2
