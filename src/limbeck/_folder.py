@@ -308,5 +308,6 @@ def make(out: Path) -> None:
     try:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(Problem("--out", f"{out} cannot be made: {e.strerror}.", "Name a folder that can be written.")) from e
+    except (OSError, ValueError) as e:  # a name with a null byte is a ValueError
+        why = getattr(e, "strerror", None) or str(e)
+        raise UsageError(Problem("--out", f"{str(out)!r} cannot be made: {why}.", "Name a folder that can be written.")) from e
