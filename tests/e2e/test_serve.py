@@ -94,11 +94,13 @@ def infer() -> bytes:
 
 
 class Asker(threading.Thread):
-    """Asks on connections that it keeps open, until the server is gone. lost: questions that were sent whole and not answered whole."""
+    """Asks on connections that it keeps open, until the server is gone. lost: questions that were sent whole and not answered whole. reset: of new
+    connections, without a byte of an answer: the kernel takes them until the moment in which the last process closes the socket, and nobody can
+    accept what comes between looking for the last one and closing."""
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
-        self.port, self.good, self.lost = port, 0, 0
+        self.port, self.good, self.lost, self.reset = port, 0, 0, 0
 
     def run(self) -> None:
         while True:
@@ -107,6 +109,7 @@ class Asker(threading.Thread):
                 connection.connect()
             except OSError:
                 return
+            before = self.good
             try:
                 while connection.sock is not None:  # closed once an answer says so
                     connection.request("POST", "/v2/models/pics/infer", infer())
@@ -114,6 +117,9 @@ class Asker(threading.Thread):
                     assert answer.status == 200
                     answer.read()
                     self.good += 1
+            except (ConnectionResetError, BrokenPipeError):  # RemoteDisconnected is one
+                self.lost += self.good > before
+                self.reset += self.good == before
             except Exception:
                 self.lost += 1
             finally:
@@ -135,6 +141,7 @@ def test_sigterm_under_load_loses_no_accepted_request(run: Path, workers: int) -
         for asker in askers:
             asker.join(60)
         assert [asker.lost for asker in askers] == [0] * 4
+        assert sum(asker.reset for asker in askers) <= 1
 
 
 def raw(port: int, *parts: bytes, wait: float = 0.0) -> bytes:
