@@ -43,6 +43,8 @@ def out_problems(out: str | None, resume: bool) -> list[Problem]:
         return [Problem("--resume", "needs --out DIR, the run to go on with.")] if resume else []
     if not out.strip():
         return [Problem("--out", "got an empty name, expected a folder.")]
+    if out.startswith("--"):
+        return [Problem("--out", f"got '{out}', an option, where the name of a folder is missing.", f"A folder of that name is ./{out}.")]
     path = Path(out)
     first = next((p for p in [path, *path.parents] if os.path.exists(p)), None)
     if first is not None and not os.path.isdir(first):

@@ -264,6 +264,7 @@ READING = {
     "a file for a run": line((*DIGITS, "--out", "good.csv"), "--out", "file"),
     "no name for a run": line((*DIGITS, "--out", ""), "--out"),
     "a name for a run that no file system takes": line((*DIGITS, "--out", "x" * 300 + "/y"), "--out"),
+    "an option where the run's name is missing": line((*DIGITS, "--out", "--dry-run"), "--out", "an option"),
     "a home that is not there": line((*DISTILL[:4], "python:~nobody/models.py:net", "--data", "npz:~nobody/a.npz"), "~nobody"),
     "a model's name that no file system takes": line((*DISTILL[:4], "y" * 300, "--data", "digits"), "student", "is no folder here"),
     "data with a name that no file system takes": line((*DISTILL, "--data", "npz:" + "z" * 300), "--data"),

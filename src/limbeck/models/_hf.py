@@ -196,7 +196,8 @@ def _near(name: Name) -> str:
 
 def _override(config: Any, options: dict[str, Any], where: str) -> None:
     known = [*config.to_dict(), *getattr(config, "attribute_map", {})]
-    unknown = [key for key in options if key not in known and not hasattr(config, key)]
+    # what the object is made of, and what it does, are no settings
+    unknown = [k for k in options if k.startswith("_") or (k not in known and (not hasattr(config, k) or callable(getattr(config, k))))]
     if unknown:
         raise UsageError(
             [
