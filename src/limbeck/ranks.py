@@ -35,6 +35,9 @@ TIMEOUT = 1800.0
 """Seconds that a rank waits for another; ``LIMBECK_RANK_TIMEOUT`` sets another number."""
 
 _FAILED, _SAID, _LEFT = "failed", "said", "left"
+# Of what the transports say of a rank that is gone or silent. Not every sentence names its transport: the first collective that waits in vain says
+# that it timed out, and a later one on the same pair only that the pair was closed.
+_LOST = ("gloo", "nccl", "process group", "pair closure", "timed out waiting", "closed by peer", "reset by peer", "broken pipe")
 _CALL = 10.0  # seconds for one try to reach the main rank; signals are heard between two
 _MEETING = 0.02  # seconds between two looks for the other ranks
 
@@ -548,4 +551,4 @@ def _is_lost(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection closed by peer", "process group"))
+    return isinstance(error, RuntimeError) and any(word in text for word in _LOST)

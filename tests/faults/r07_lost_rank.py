@@ -42,7 +42,7 @@ def killed(
         os.kill(workers[chance.randrange(2)], signal.SIGKILL)
         done += 1
     code = started.process.wait(timeout=600)
-    wrong = [f"torchrun left with {code}: {started.text()[-2000:]}"] if code else same_bytes(out, quiet)
+    wrong = [f"torchrun left with {code}: {started.text()[-8000:]}"] if code else same_bytes(out, quiet)
     wrong += [f"processes are left: {left}"] if (left := started.orphans()) else []
     return done, wrong, resumed(out)
 
@@ -63,13 +63,13 @@ def hung(there: Path, recipe: Path, number: int, chance: random.Random) -> list[
     out = there / f"hung-{number}"
     started = Torchrun(recipe, out, LAZY=LAZY, LIMBECK_RANK_TIMEOUT="6")
     if not until(lambda: log_size(out) > 0, started.living):
-        return [f"it ended by itself: {started.text()[-2000:]}"]
+        return [f"it ended by itself: {started.text()[-8000:]}"]
     time.sleep(chance.random())
     os.kill(started.workers()[number % 2], signal.SIGSTOP)
     code = started.process.wait(timeout=600)
     wrong = [] if code else ["torchrun left with 0"]
     if started.text().count("did not answer for 6 s") != 1:
-        wrong.append(f"it said {started.text()[-2000:]}")
+        wrong.append(f"it said {started.text()[-8000:]}")
     return wrong + ([f"processes are left: {left}"] if (left := started.orphans()) else [])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +17,7 @@ import yaml
 
 from limbeck._begin import begin, job_of
 from limbeck.errors import Stopped, UsageError
-from limbeck.ranks import ALONE, Ranks, joined, launch, meet, own_device, restarted
+from limbeck.ranks import ALONE, Ranks, _is_lost, joined, launch, meet, own_device, restarted
 from limbeck.reading import absolute, build_recipe
 from running import make_folder, recipe
 
@@ -147,3 +149,55 @@ def test_ranks_that_share_a_cuda_device_are_refused(monkeypatch: pytest.MonkeyPa
     Ranks(0, 2, 2).refuse_shared(torch.device("cpu"))
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
     Ranks(0, 2, 2).refuse_shared(torch.device("cuda", 0))
+
+
+_SILENT = """
+import sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2, timeout=timedelta(seconds=1))
+dist.all_reduce(torch.ones(1))
+if rank:
+    time.sleep(60)
+from limbeck.ranks import _is_lost
+for _ in range(2):
+    for what in (dist.all_reduce, lambda x: dist.broadcast(x, 1), lambda x: dist._broadcast_coalesced(dist.group.WORLD, [x], 1 << 20, 1)):
+        try:
+            what(torch.ones(3))
+            print("answered")
+        except Exception as error:
+            print(_is_lost(error), type(error).__name__, str(error).splitlines()[0], flush=True)
+"""
+
+
+def test_whatever_is_said_of_a_silent_rank_it_is_taken_for_lost(tmp_path: Path) -> None:
+    """The first collective says that it timed out, the later ones that the connection is gone, without naming the transport."""
+    command = [sys.executable, "-c", _SILENT, str(tmp_path / "store")]
+    silent = subprocess.Popen([*command, "1"])
+    try:
+        said = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    finally:
+        silent.kill()
+        silent.wait()
+    assert len(said) == 6
+    assert all(line.startswith("True") for line in said), said
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Application timeout caused pair closure",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation to complete",
+        "Connection closed by peer [127.0.0.1]:1234",
+        "NCCL communicator was aborted on rank 0.",
+    ],
+)
+def test_what_the_transports_say_of_a_lost_rank_is_known(message: str) -> None:
+    assert _is_lost(RuntimeError(message))
+
+
+def test_an_error_of_the_model_is_no_lost_rank() -> None:
+    assert not _is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x5)"))
+    assert not _is_lost(ConnectionResetError("Connection reset by peer"))  # of a loader that reads over a network
