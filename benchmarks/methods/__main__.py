@@ -1,0 +1,181 @@
+"""What each method of distillation buys: the main method of each family, three seeds, one budget, weights chosen on validation.
+
+    python benchmarks/methods r52 20newsgroups        the tracks named, one after the other (hours; a run that is stopped goes on)
+    python benchmarks/methods cifar10 --only kd hint  some of their methods
+    python benchmarks/methods --page [--check]        docs/methods.md from what is under benchmarks/results/methods/
+
+For each track: a teacher is trained once. A baseline and three students by kd (0.7 at T = 4, as a recipe without an objective has it) give what the
+teacher and plain distillation are worth. Each method is run at three weights with seed 0, the best on validation is taken, and run with seeds 1
+and 2. All of them have the same steps, batch size and learning rate, and read the teacher from its cache. The time of a step is measured apart,
+in turns with the same student without a teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import page
+import yaml
+from speed import measuring
+from speed.turns import Side
+from tracks import TRACKS, Method, Track, methods_of
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = ROOT / "benchmarks/results/methods"
+RUNS = ROOT / "runs/methods"
+SEEDS = (0, 1, 2)
+PAIRS, STEPS = 7, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tracks", nargs="*", choices=[*TRACKS, []], metavar="TRACK", help=f"of {', '.join(TRACKS)}")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", default=None)
+    parser.add_argument("--page", action="store_true", help="write docs/methods.md")
+    parser.add_argument("--check", action="store_true", help="with --page: only say whether it is what the results say")
+    parser.add_argument("--quick", action="store_true", help="an epoch of 400 rows, to try the script; nothing is kept under results")
+    asked = parser.parse_args()
+    if asked.page:
+        sys.exit(page.main(ROOT, RESULTS, check=asked.check))
+    for name in asked.tracks:
+        run_track(name, TRACKS[name], asked.only, asked.quick)
+
+
+def run_track(name: str, track: Track, only: list[str] | None, quick: bool) -> None:
+    """Everything of one track. After each method what is known is written."""
+    runs = RUNS / (name if not quick else f"{name}-quick")
+    runs.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, str(HERE.parent / "fetch.py"), *track.needs], check=True)
+    teacher = runs / "teacher"
+    limbeck("train", written(runs / "teacher.yaml", track.teacher, quick), "--no-baseline", "--out", teacher)
+    recipe = filled(track.recipe, teacher)
+    recipe["teacher"] = {"model": f"run:{teacher}"}
+    recipe["teacher_cache"] = {**recipe["teacher_cache"], "path": str(runs / "cache")}
+    plain = [{"loss": "kd", "weight": 0.7, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.3}]
+    limbeck("distill", written(runs / "plain.yaml", {**recipe, "objective": plain}, quick), "--seeds", len(SEEDS), "--out", runs / "plain")
+    result: dict[str, Any] = {
+        "track": name,
+        "title": track.title,
+        "machine": measuring.machine(),
+        "recipe": shown(track.recipe),
+        **first(runs / "plain"),
+        "methods": {},
+    }
+    methods = {k: v for k, v in methods_of(track).items() if only is None or k in only}
+    for label, method in methods.items():
+        result["methods"][label] = outcome(runs, label, method, recipe, quick)
+        keep(name, result, quick)
+    floor = {k: v for k, v in recipe.items() if k not in ("teacher", "teacher_cache")} | {"objective": [{"loss": "cross_entropy"}]}
+    for label, method in methods.items():
+        chosen = {**recipe, "objective": weighted(method, result["methods"][label]["weight"])}
+        if quick:
+            continue
+        result["methods"][label]["step"] = step_time(runs / "time", chosen, floor)
+        keep(name, result, quick)
+
+
+def outcome(runs: Path, label: str, method: Method, recipe: dict[str, Any], quick: bool) -> dict[str, Any]:
+    """One method: the sweep over its weights, then the seeds that are missing at the weight that is best on validation."""
+    short = "".join(c if c.isalnum() or c == "_" else "-" for c in label)
+    varied = written(runs / f"{short}.yaml", {**recipe, "objective": method.objective}, quick)
+    weights = ",".join(str(w) for w in method.weights)
+    limbeck("sweep", varied, "--vary", f"objective.0.weight={weights}", "--no-baseline", "--out", runs / short)
+    swept = read(runs / short / "sweep.json")
+    rows = dict(zip(method.weights, swept["rows"], strict=True))
+    best = next(w for w, row in rows.items() if row["name"] == swept["best"])
+    chosen = written(runs / f"{short}-chosen.yaml", {**recipe, "objective": weighted(method, best)}, quick)
+    more = ("--seeds", len(SEEDS) - 1, "--seed", SEEDS[1], "--no-baseline")
+    limbeck("distill", chosen, *more, "--out", runs / f"{short}-seeds")
+    others = [read(runs / f"{short}-seeds" / f"seed-{seed}" / "metrics.json") for seed in SEEDS[1:]]
+    return {
+        "loss": method.term["loss"],
+        "objective": weighted(method, best),
+        "weight": best,
+        "tried": [{"weight": w, "valid": row["validation"], "test": row["student"]} for w, row in rows.items()],
+        "accuracy": [rows[best]["student"], *(m["models"]["student"]["metrics"]["accuracy"] for m in others)],
+    }
+
+
+def first(run: Path) -> dict[str, Any]:
+    """Teacher, baseline and plain kd, by seed."""
+    found = [read(run / f"seed-{seed}" / "metrics.json") for seed in SEEDS]
+    accuracy = {role: [m["models"][role]["metrics"]["accuracy"] for m in found] for role in ("teacher", "baseline", "student")}
+    return {"teacher": accuracy["teacher"][0], "baseline": accuracy["baseline"], "plain": accuracy["student"], "seeds": list(SEEDS)}
+
+
+def step_time(folder: Path, recipe: dict[str, Any], floor: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a step with and without the teacher, in turns, and their ratio."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    quiet = {"baseline": False, "export": []}
+    common = {"steps": STEPS, "out": str(folder), "work": str(folder)}
+    sides = [
+        Side("method", "limbeck_side.py", {**common, "name": "method", "recipe": {**recipe, **quiet}}),
+        Side("floor", "limbeck_side.py", {**common, "name": "floor", "recipe": {**floor, **quiet}}),
+    ]
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    try:
+        for number in range(1 + PAIRS):
+            for side in sides if number % 2 == 0 else reversed(sides):
+                taken = side.turn()
+                if number:
+                    seconds[side.name].append(taken)
+    finally:
+        for side in sides:
+            side.close()
+    return {**measuring.ratio(seconds["method"], seconds["floor"]), "floor_ms": 1000 * measuring.median(seconds["floor"]) / STEPS}
+
+
+def weighted(method: Method, weight: float) -> list[dict[str, Any]]:
+    return [{**method.term, "weight": weight}, *map(dict, method.beside)]
+
+
+def filled(plain: Any, teacher: Path | None = None) -> Any:
+    """A recipe with the places of data, models and teacher written out."""
+    text = json.dumps(plain).replace("DATA/", f"{ROOT / 'data'}/").replace("MODELS/", f"{ROOT / 'benchmarks/models'}/")
+    return json.loads(text.replace('"TEACHER"', json.dumps(f"run:{teacher}")))
+
+
+def shown(plain: Any) -> Any:
+    return json.loads(json.dumps(plain).replace("DATA/", "data/").replace("MODELS/", "benchmarks/models/"))
+
+
+def written(path: Path, recipe: Any, quick: bool) -> Path:
+    whole = {**filled(recipe), "export": []}
+    if quick:
+        whole["train"] = {**whole["train"], "epochs": 1}
+        whole["data"] = {**whole["data"], "train_limit": 400}
+    path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def limbeck(*arguments: Any) -> None:
+    """A command that goes on where it was stopped."""
+    command = [sys.executable, "-m", "limbeck", *map(str, arguments), "--resume"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, check=False)
+    if done.returncode:
+        sys.exit(f"limbeck {' '.join(map(str, arguments))} left with {done.returncode}.")
+
+
+def keep(name: str, result: dict[str, Any], quick: bool) -> None:
+    if not quick:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
