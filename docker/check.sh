@@ -12,7 +12,7 @@
 #   IMAGE_CHECK_ROOT   where storage, base and logs go (/tmp/limbeck-images); what is there is used again
 #   BASE_IMAGE, SERVE_BASE_IMAGE   other bases than the one made here, where they can be had
 #   TORCH, CUDA        the torch line to build (2.14.1 and 13.0)
-#   IMAGE_CHECK_FULL   1: `make test` inside the ci image too, instead of a few tests
+#   IMAGE_CHECK_FULL   1: `make test test-long` inside the ci image too, instead of a few tests (an hour more)
 # shellcheck disable=SC2015,SC2016  # good and bad do not fail; what is in single quotes is for the shell inside
 set -euo pipefail
 
@@ -235,7 +235,7 @@ status() { curl --silent --output /dev/null --write-out '%{http_code}' "$@"; }
 pod rm --force --time 5 limbeck-check-lab >/dev/null
 
 if [[ ${IMAGE_CHECK_FULL:-} == 1 ]]; then
-    expect 0 "ci: make test" started --shm-size 8g limbeck-check:ci
+    expect 0 "ci: make test and make test-long" started --shm-size 8g limbeck-check:ci make test test-long
 else
     expect 0 "ci: a few of its tests" started --shm-size 8g limbeck-check:ci python -m pytest tests/unit/test_recipe.py tests/unit/test_deploy.py
     expect 0 "ci: make installs nothing" started limbeck-check:ci sh -c '! make --dry-run test | grep "pip install"'
@@ -245,7 +245,27 @@ expect 0 "serve: no torch, and what it needs can be imported" started --read-onl
 import importlib.util, onnxruntime, numpy, fastapi, uvicorn, prometheus_client, PIL, tokenizers
 assert importlib.util.find_spec("torch") is None'
 expect 0 "serve: limbeck is there" started limbeck-check:serve limbeck --version
-if ! started limbeck-check:serve limbeck serve --help >/dev/null 2>&1; then say "note  limbeck serve is not built yet; the serve image cannot answer"; fi
+# The student of the run above, served without a file system of its own to write to, by another user than the one that trained it.
+pod rm --force --ignore limbeck-check-serve >/dev/null
+chmod -R a+rX "$work/ordinary/checkpoints/kd"
+pod run --detach --name limbeck-check-serve --network host --read-only --cap-drop all --security-opt no-new-privileges --user 54321:54321 --tmpfs /tmp \
+    --stop-timeout 60 --volume "$work/ordinary/checkpoints/kd:/workspace/model:ro" limbeck-check:serve limbeck serve digits=/workspace/model --port 18889 >/dev/null
+for _ in $(seq 120); do [[ $(status http://127.0.0.1:18889/v2/health/ready) == 200 ]] && break; sleep 1; done
+curl --silent http://127.0.0.1:18889/v2/models/digits >"$root/logs/model.json" || true
+question=$(python3 -c 'import json, sys
+wanted = json.load(open(sys.argv[1]))["inputs"][0]
+shape = [1, *(int(n) for n in wanted["shape"][1:])]
+count = 1
+for n in shape: count *= n
+print(json.dumps({"inputs": [{"name": wanted["name"], "shape": shape, "datatype": wanted["datatype"], "data": [0.5] * count}]}))' "$root/logs/model.json" || true)
+curl --silent --header 'Content-Type: application/json' --data "$question" http://127.0.0.1:18889/v2/models/digits/infer >"$root/logs/answer.json" || true
+expect 0 "serve: the student answers, ten numbers an image" python3 -c 'import json, math, sys
+answer = json.load(open(sys.argv[1]))["outputs"][0]
+assert answer["shape"] == [1, 10] and all(map(math.isfinite, answer["data"])), answer' "$root/logs/answer.json"
+expect 0 "serve: its page is there" sh -c "curl --silent --fail http://127.0.0.1:18889/ | grep -qi '<html'"
+pod stop --time 60 limbeck-check-serve >/dev/null 2>&1 || true
+expect 0 "serve: SIGTERM ends it with 0" sh -c "exit $(pod wait limbeck-check-serve)"
+pod rm --force limbeck-check-serve >/dev/null
 
 say ""
 say "| target | size | build |"
