@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed
@@ -174,12 +174,14 @@ def tradeoff(run: Run, measure: str = "latency_ms") -> Figure:
                 markersize=9,
                 capsize=4,
             )
-            axis.annotate(role, (cost, 100 * about["metrics"][key]), textcoords="offset points", xytext=(9, 5), color=COLOURS[role])
+            beside = (9, -14) if role == "baseline" else (9, 5)  # it often stands where the student does
+            axis.annotate(role, (cost, 100 * about["metrics"][key]), textcoords="offset points", xytext=beside, color=COLOURS[role])
         axis.set_xscale("log")
-        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            ticks(FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1e4 else f"{value / 1e6:,.3g} M"))
-        axis.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
         axis.margins(0.2)
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 5 * low else range(1, 10)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(
             xlabel="latency of one sample, ms (median)" if measure == "latency_ms" else measure, ylabel=f"test {key.replace('_', ' ')}, %"
         )
@@ -306,7 +308,8 @@ def attention(
                 raise UsageError(Problem("head", f"got {head}, and {name} has {len(heads)} heads."))
             shown = heads.mean(0) if head is None else heads[head]
             axis.grid(False)
-            axis.imshow(shown.numpy(), cmap="magma", vmin=0)
+            image = axis.imshow(shown.numpy(), cmap="magma", vmin=0)
+            figure.colorbar(image, ax=axis, fraction=0.046, pad=0.04)
             if tokens is not None and len(tokens) == len(shown):
                 axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
                 axis.set_yticks(range(len(tokens)), tokens, fontsize=8)
@@ -344,6 +347,18 @@ def feature_maps(
 
 def _one(run: Run) -> _read.Run:
     return _read.read_runs([Path(run)])[0]
+
+
+def _short(value: float) -> str:
+    """A number with the letter of its size.
+
+    >>> [_short(v) for v in (0.07, 500, 2000, 4.5e6)]
+    ['0.07', '500', '2 k', '4.5 M']
+    """
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
 
 
 @contextmanager
