@@ -248,7 +248,7 @@ expect 0 "serve: limbeck is there" started limbeck-check:serve limbeck --version
 # The student of the run above, served without a file system of its own to write to, by another user than the one that trained it.
 pod rm --force --ignore limbeck-check-serve >/dev/null
 chmod -R a+rX "$work/ordinary/checkpoints/kd"
-pod run --detach --name limbeck-check-serve --network host --read-only --cap-drop all --security-opt no-new-privileges --user 54321:54321 --tmpfs /tmp \
+pod run --detach --name limbeck-check-serve --network host "${limits[@]}" --read-only --cap-drop all --security-opt no-new-privileges --user 54321:54321 --tmpfs /tmp \
     --stop-timeout 60 --volume "$work/ordinary/checkpoints/kd:/workspace/model:ro" limbeck-check:serve limbeck serve digits=/workspace/model --port 18889 >/dev/null
 for _ in $(seq 120); do [[ $(status http://127.0.0.1:18889/v2/health/ready) == 200 ]] && break; sleep 1; done
 curl --silent http://127.0.0.1:18889/v2/models/digits >"$root/logs/model.json" || true
