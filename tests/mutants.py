@@ -282,7 +282,7 @@ MUTANTS = (
         '["attention_mask"].numpy(force=True) >= 0',
         OBJECTIVE,
     ),
-    Mutant("divided-by-the-microbatch", "objective.py", "progress), max(counts[term.name], 1)", "progress), max(len(batch), 1)", OBJECTIVE),
+    Mutant("divided-by-the-microbatch", "objective.py", "count = max(counts[term.name], 1)", "count = max(len(batch), 1)", OBJECTIVE),
     Mutant("divided-by-all-rows", "objective.py", "int(np.count_nonzero(found))", "found.size", OBJECTIVE),
     Mutant("mixed-unlabelled-as-labelled", "types.py", "labels.sum(-1) > 0", "labels.sum(-1) >= 0", OBJECTIVE),
     Mutant("unlabelled-as-labelled", "types.py", "known = labels >= 0 if", "known = labels >= -1 if", OBJECTIVE),

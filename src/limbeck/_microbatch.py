@@ -236,7 +236,10 @@ class _Work:
         gradients = sum(_bytes(p) for m in modules for p in m.parameters() if p.requires_grad)
         weights = sum(_bytes(t) for t in (*self._model.module.parameters(), *self._model.module.buffers()))
         ready = sum(_bytes(v) for v in self._batch.student.values()) * (4 if self._engine.device.type == "cpu" else 2)
-        return optimizer + gradients * (2 if several else 1) + copies * weights + ready
+        apart = (
+            1 + len(self._objective.balanced) if self._objective.balanced else 0
+        )  # a step that measures keeps the terms' gradients apart
+        return optimizer + gradients * (apart + (2 if several else 1)) + copies * weights + ready
 
     def peak(self, rows: int) -> float:
         """The most bytes that a microbatch holds at one time beside its inputs and the gradients; infinity where a GPU has not so many."""

@@ -147,6 +147,11 @@ class _Few:
     def total_steps(self) -> int:
         return len(self.requests)
 
+    @property
+    def starts(self) -> dict[int, int]:
+        """The first step of each stage."""
+        return {r.stage: step for step, r in reversed(list(enumerate(self.requests)))}
+
     def request(self, step: int) -> BatchRequest:
         return replace(self.requests[step], step=step)
 

@@ -184,6 +184,8 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
     if given(data, "data.valid"):
         reasons.setdefault("data.valid_fraction", "has no effect where data.valid names the validation data.")
     reasons |= _cache_reasons(value) | stage_reasons(data)
+    if not any(isinstance(term, Mapping) and term.get("weight") == "auto" for terms in _objectives_of(data) for term in terms):
+        reasons["train.balance_every"] = "has no effect where no term has weight: auto."
     model = value("teacher.model")
     if isinstance(model, str) and model.startswith("logits:"):
         names = ("teacher.weights", "teacher.train", "teacher.precision", "teacher.layout", "teacher_cache")
@@ -192,6 +194,11 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons["teacher_cache"] = "has no effect without a teacher."
         reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."
     return reasons
+
+
+def _objectives_of(data: Given) -> list[list[Any]]:
+    found = [look(data, "objective"), *(look(stage, "objective") for stage in _stages_of(data))]
+    return [terms for terms in found if isinstance(terms, list)]
 
 
 def _cache_reasons(value: Any) -> dict[str, str]:

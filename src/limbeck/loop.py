@@ -6,7 +6,7 @@ import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import checkpoint
+from limbeck._balance import pulling
 from limbeck.data import Request, StagedPlan, stream
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
@@ -143,6 +144,7 @@ def fit(
         objective.train()
         compute = _Compute(student, objective, capture, engine, ranks)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
+        pulls = pulling(objective, work, module, parameters, plan, settings.balance_every, scaler, ranks)
         how: Any = {"workers": feed.workers, "pin_memory": feed.pin_memory, "ranks": ranks.local_size, "say": recorder.progress.say}
         coming = wait.over(stream(feed.builder, requests, **how))
         if teacher is not None:
@@ -161,6 +163,7 @@ def fit(
                 parameter.grad = None
             seen: list[_Seen] = []
             needs, parts = asked(request)
+            pull = pulls(request)
             for micro, (start, stop) in enumerate(parts):
                 part = batch.part(start, stop) if stop - start < len(batch) else batch
                 signal = None
@@ -170,10 +173,9 @@ def fit(
                     signal = teacher(part, needs)
                 engine.seed(seed_for(seed, "dropout", request.step, micro, ranks.rank))
                 rows = selection.rows(start, stop, engine.device)
-                with work.no_sync() if ranks.size > 1 and micro < len(parts) - 1 else nullcontext():
-                    share, values, logits = work(part, signal, request.stage, progress, counts, rows)
-                    scaler.scale(share).backward()
-                seen.append(_Seen(share.detach(), values, logits, signal.logits if signal is not None else None, part))
+                share, values, logits = pull(micro == len(parts) - 1, part, signal, request.stage, progress, counts, rows)
+                seen.append(_Seen(share, values, logits, signal.logits if signal is not None else None, part))
+            pull.end()
             own, terms = _summed(seen)
             loss, *summed = ranks.total([own, *terms.values()])
             terms = dict(zip(terms, summed, strict=True))
@@ -274,13 +276,13 @@ class _Compute(nn.Module):
 
     def forward(
         self, part: Batch, signal: Signal | None, stage: int, progress: float, counts: Mapping[str, int], rows: Rows
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The share, each term's part of it, and the student's logits."""
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """The share, that of each term with ``weight: auto`` apart from it, each term's part for the log, and the student's logits."""
         with self._engine.autocast():
             outputs = self._capture.outputs(self._ask, part.student)
         goal = self.objective.at(stage)
-        share, values = goal(outputs, signal, part, progress=progress, counts=counts, rows=rows, gather=self._gather)
-        return share, values, outputs.logits
+        share, apart, values = goal.apart(outputs, signal, part, progress=progress, counts=counts, rows=rows, gather=self._gather)
+        return share, apart, values, outputs.logits
 
 
 def learning_rate(settings: Train, step: int, total: int, stage: int = 0) -> float:

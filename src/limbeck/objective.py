@@ -33,6 +33,11 @@ __all__ = ["Objective", "Rows", "Selection", "StagedObjective", "check_terms", "
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of captured features by module path, batch first."""
 
+Weight = float | Schedule | Literal["auto"]
+
+KEPT = 0.7
+"""Of the logarithm of a weight that is balanced, at each measurement after the first."""
+
 Chosen = np.ndarray[Any, np.dtype[np.bool_]]
 
 Gather = Callable[[Sequence[Tensor]], tuple[list[Tensor], slice]]
@@ -66,12 +71,14 @@ def _rows(chosen: Chosen, device: torch.device) -> tuple[Tensor, ...] | None:
     return tuple(torch.from_numpy(at).to(device, non_blocking=True) for at in chosen.nonzero())
 
 
-def value_at(value: float | Schedule, progress: float) -> float:
+def value_at(value: Weight, progress: float) -> float:
     """The value at ``progress`` (0 at the first optimiser step of a fit, 1 at its end) of a number or of a schedule.
 
     >>> value_at(Schedule(start=1.0, end=0.0, until=0.5), 0.25), value_at(Schedule(start=1.0, end=0.0, until=0.5), 0.9)
     (0.5, 0.0)
     """
+    if isinstance(value, str):
+        raise ValueError("a weight that is found by measuring is no function of the progress")
     if isinstance(value, float | int):  # asked first: pydantic's models answer isinstance in Python
         return float(value)
     done = min(max(progress / value.until, 0.0), 1.0)
@@ -92,6 +99,10 @@ def check_terms(terms: Sequence[Term]) -> list[Problem]:
             )
         ]
     problems: list[Problem] = []
+    if all(term.weight == AUTO or _peak(term.weight) == 0 for term in terms) and any(term.weight == AUTO for term in terms):
+        first = next(i for i, term in enumerate(terms) if term.weight == AUTO)
+        text = "is auto, and there is no term with a number above 0 as its weight for it to be balanced against."
+        problems.append(Problem(f"objective.{first}.weight", text, "Give cross_entropy or kd a number."))
     for i, term in enumerate(terms):
         problems += [replace(p, where=f"objective.{i}.{p.where}") for p in _check_weight(term.weight) + _read_parameters(term)[1]]
     if all(_peak(term.weight) == 0 for term in terms):
@@ -140,8 +151,11 @@ class Objective(nn.Module):
     Build it with :meth:`build` or :meth:`baseline`, and move it to the device and dtype of the student.
     ``names`` are the losses' names (``kd``, and ``kd.2`` for a second one); ``needs_teacher``, ``student_needs`` and ``teacher_needs`` say
     what it asks of the models; ``per_item`` is False where the gradient depends on how a step is cut into microbatches: a relational loss,
-    or a projection with batch statistics. ``relational``: whether it is by a relational loss.
+    or a projection with batch statistics. ``relational``: whether it is by a relational loss. ``balanced`` are the names of the terms with
+    ``weight: auto``, and ``balance`` their weights now (1 before the first measurement).
     """
+
+    balance: Tensor
 
     def __init__(self, terms: Sequence[_Term]) -> None:
         super().__init__()
@@ -152,6 +166,9 @@ class Objective(nn.Module):
         self.needs_teacher = self.teacher_needs.logits or bool(self.teacher_needs.features)
         self.per_item = all(t.per_item for t in terms)
         self.relational = any(t.relational for t in terms)
+        self.balanced = tuple(t.name for t in terms if t.term.weight == AUTO)
+        if self.balanced:  # a checkpoint holds them
+            self.register_buffer("balance", torch.ones(len(self.balanced)))
 
     @classmethod
     def build(
@@ -202,7 +219,18 @@ class Objective(nn.Module):
 
     def weights(self, progress: float) -> dict[str, float]:
         """Each term's weight at ``progress``, for the log."""
-        return {t.name: value_at(t.term.weight, progress) for t in self._each}
+        balance = dict(zip(self.balanced, self.balance.tolist(), strict=True)) if self.balanced else {}
+        return {t.name: balance[t.name] if t.name in balance else value_at(t.term.weight, progress) for t in self._each}
+
+    def rebalance(self, number: int, ratio: Tensor, *, first: bool) -> None:
+        """A measurement of the weight that balances ``balanced[number]``: taken as it is at first, later into a geometric mean with those before.
+
+        ratio: 0-dim, where the buffer is. One that is not above 0 and finite (a term without gradient, an overflow in half precision) leaves
+        the weight as it was.
+        """
+        before, ratio = self.balance[number], ratio.to(self.balance.dtype)
+        wanted = ratio if first else before**KEPT * ratio ** (1 - KEPT)
+        self.balance[number] = torch.where(ratio.isfinite() & (ratio > 0), wanted, before)
 
     def select(self, batch: Batch) -> Selection:
         """The items of each term in a batch: valid samples, labelled samples, or valid tokens of valid samples.
@@ -238,7 +266,30 @@ class Objective(nn.Module):
         microbatch, where :meth:`select` has found them; else they are found here, from the batch. gather: on several ranks, for relational losses.
         Runs outside autocast, so that every loss is computed in at least float32.
         """
+        fixed, apart, parts = self.apart(student, teacher, batch, progress=progress, counts=counts, rows=rows, gather=gather)
+        return self.joined(fixed, apart), parts
+
+    def joined(self, fixed: Tensor, apart: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the terms with a weight of their own, and of those with ``weight: auto`` (:meth:`apart`) at their weights now."""
+        for weight, value in zip(self.balance if self.balanced else (), apart.values(), strict=True):
+            fixed = fixed + (value * weight).to(fixed.dtype)
+        return fixed
+
+    def apart(
+        self,
+        student: Outputs,
+        teacher: Signal | None,
+        batch: Batch,
+        *,
+        progress: float,
+        counts: Mapping[str, int],
+        rows: Rows | None = None,
+        gather: Gather | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """As :meth:`forward`, with the terms at ``weight: auto`` apart: the sum of the others, each of those by name, without a weight, and the parts
+        for the log."""
         parts: dict[str, Tensor] = {}
+        apart: dict[str, Tensor] = {}
         if rows is None:
             rows = self.select(batch).rows(0, len(batch), student.logits.device)
         total: Tensor | None = None
@@ -246,9 +297,14 @@ class Objective(nn.Module):
         within = torch.is_autocast_enabled(student.logits.device.type)
         with torch.autocast(student.logits.device.type, enabled=False) if within else nullcontext():
             for term in self._each:
-                weight, count = value_at(term.term.weight, progress), max(counts[term.name], 1)
+                count = max(counts[term.name], 1)
                 summed = term.of(student, teacher, batch, progress, rows[term.name], gather).sum()
                 parts[term.name] = summed.detach() / count
+                if term.term.weight == AUTO:
+                    apart[term.name] = summed / count
+                    read = read or term.of_logits
+                    continue
+                weight = value_at(term.term.weight, progress)
                 if weight:  # at weight 0 an infinite value must not become NaN
                     total = summed * (weight / count) if total is None else total.add(summed, alpha=weight / count)
                     read = read or term.of_logits
@@ -256,7 +312,7 @@ class Objective(nn.Module):
             nothing = raised(student.logits[:0]).sum()
             total = nothing if total is None else total + nothing
         assert total is not None
-        return total, parts
+        return total, apart, parts
 
 
 class StagedObjective(nn.Module):
@@ -438,11 +494,15 @@ def _misfit(name: str, what: str, layers: Mapping[str, str], x: Tensor, wanted: 
     )
 
 
-def _peak(value: float | Schedule) -> float:
+def _peak(value: Weight) -> float:
+    if isinstance(value, str):
+        return math.inf
     return max(abs(value.start), abs(value.end)) if isinstance(value, Schedule) else abs(float(value))
 
 
-def _check_weight(weight: float | Schedule) -> list[Problem]:
+def _check_weight(weight: Weight) -> list[Problem]:
+    if isinstance(weight, str):
+        return []
     given = {"weight.start": weight.start, "weight.end": weight.end} if isinstance(weight, Schedule) else {"weight": weight}
     return [
         Problem(where, f"{value!r} is not allowed; give a number from 0 up.")

@@ -173,8 +173,9 @@ class Term(Section):
     model_config = ConfigDict(extra="allow")
 
     loss: LossName
-    weight: Weight | Schedule = 1.0
-    """In a file also ``paper``: the weight at which the loss was published (`limbeck losses NAME`); 1 where none was."""
+    weight: Weight | Literal["auto"] | Schedule = 1.0
+    """In a file also ``paper``: the weight at which the loss was published (`limbeck losses NAME`); 1 where none was. auto: such that the gradient of
+    this term is as long as that of all terms with numbers together, on the parameters of the student that both reach."""
 
 
 class Stage(Section):
@@ -232,6 +233,8 @@ class Train(Section):
     checkpoint_every: Count = 500
     """Steps."""
     workers: Workers | Literal["auto"] = "auto"
+    balance_every: Count = 50
+    """Steps from one measurement of the terms with weight: auto to the next. The first one of a stage measures."""
     log_every: Count = 10
     """Steps."""
     device: Device = "auto"

@@ -117,7 +117,8 @@ def test_the_cache_is_asked_for_what_the_stages_need(there: Path, tmp_path: Path
     run("train", recipe(there, "train.yaml", teacher=None, student={"model": "python:nets.py:teacher"}), out=there / "teacher")
     changes = {**RICH, "teacher": {"model": "run:teacher"}, "baseline": False}
     stages = [{**stage, "resolution": 6, "fraction": share} for stage, share in zip(STAGES, (0.4, 0.7, 0.5), strict=True)]
-    changes["train"] = {**RICH["train"], "stages": stages}
+    # SGD: Adam divides the last bits, in which a teacher's answers differ with the batch they are in, by themselves.
+    changes["train"] = {**RICH["train"], "stages": stages, "optimizer": "sgd", "lr": 0.1}
     cache = {"path": str(tmp_path / "cache"), "views": 3, "codec": "float32"}
     kept = run("distill", recipe(there, "kept.yaml", **changes, teacher_cache=cache), out=tmp_path / "kept")
     # epoch 2 reads 34 rows under view 2, epoch 3 reads 24 under view 0; and 18 test rows
@@ -125,7 +126,7 @@ def test_the_cache_is_asked_for_what_the_stages_need(there: Path, tmp_path: Path
     assert kept["cost"]["cache_hits"] == 34 + 24
     live = run("distill", recipe(there, "live.yaml", **changes, teacher_cache={"mode": "off", "views": 3}), out=tmp_path / "live")
     assert live["cost"]["teacher_items"] >= 34 + 24
-    assert distance(tmp_path / "kept/student", tmp_path / "live/student") < 1e-4
+    assert distance(tmp_path / "kept/student", tmp_path / "live/student") < 1e-5
     again = run("distill", recipe(there, "kept.yaml", **changes, teacher_cache={**cache, "mode": "require"}), out=tmp_path / "again")
     assert again["cost"]["teacher_items"] == 0
     assert weights(tmp_path / "again/student") == weights(tmp_path / "kept/student")

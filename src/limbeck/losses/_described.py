@@ -38,6 +38,7 @@ these is refused: rotary or relative positions, normalised queries, keys shared 
 The cost is the work beside the models' own, in N items, C classes, D numbers a feature. A loss that needs several samples at once is taken over the
 microbatch that it is given, so `accumulate` changes it; all others do not depend on how a step is cut. Weights are the authors', or
 RepDistiller's for a loss that it has, beside `cross_entropy` at weight 1 (0.3 beside `kd`); where there is none, 1. `weight: paper` takes that one.
+`weight: auto` finds one by measuring (docs/weights.md).
 """
 
 
@@ -52,7 +53,7 @@ def parameters(entry: LossEntry) -> list[tuple[str, str, str]]:
         (p.name, "required" if p.required else _plain(p.default), p.allowed + ("; or a schedule" if p.schedulable else ""))
         for p in entry.parameters.values()
     ]
-    return [("weight", "1.0", f"a number from 0 up, or paper ({entry.weight:g}); or a schedule"), *rows]
+    return [("weight", "1.0", f"a number from 0 up, or paper ({entry.weight:g}), or auto; or a schedule"), *rows]
 
 
 def described(entry: LossEntry) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ._charts import Line
 from ._read import Run, number
 
-__all__ = ["Curve", "curve", "line", "losses", "terms", "validation"]
+__all__ = ["Curve", "curve", "line", "losses", "terms", "validation", "weights"]
 
 POINTS = 160
 """The most points that a drawn curve has; longer logs are averaged over neighbours."""
@@ -51,16 +51,24 @@ def validation(runs: Sequence[Run], role: str, key: str) -> Curve | None:
 
 def terms(runs: Sequence[Run]) -> list[Curve]:
     """The student's loss terms, in the order of the recipe."""
+    return _each(runs, "terms")
+
+
+def weights(runs: Sequence[Run]) -> list[Curve]:
+    """The weights of the student's terms, where any of them was not the same throughout."""
+    found = _each(runs, "weights")
+    return found if any(len({value for _, value in seed}) > 1 for curve in found for seed in curve.seeds) else []
+
+
+def _each(runs: Sequence[Run], key: str) -> list[Curve]:
     names = list(
-        dict.fromkeys(
-            name for run in runs for entry in run.log if entry.get("role", "student") == "student" for name in _part(entry, "terms")
-        )
+        dict.fromkeys(name for run in runs for entry in run.log if entry.get("role", "student") == "student" for name in _part(entry, key))
     )
 
-    def term(name: str, i: int) -> Curve | None:
-        return curve(name, f"s{i % 8}", runs, "student", lambda entry: _part(entry, "terms").get(name))
+    def one(name: str, i: int) -> Curve | None:
+        return curve(name, f"s{i % 8}", runs, "student", lambda entry: _part(entry, key).get(name))
 
-    return [found for i, name in enumerate(names) if (found := term(name, i))]
+    return [found for i, name in enumerate(names) if (found := one(name, i))]
 
 
 def _part(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:

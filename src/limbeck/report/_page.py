@@ -272,6 +272,13 @@ def training(run: Run) -> list[Chart]:
                 "Each term before its weight. A term that does not fall is not learned, or pulls against another." + seeds,
             ),
             curve_chart(
+                "Weights of the student's terms",
+                _curves.weights(run.seeds),
+                "weight",
+                "{:.3g}".format,
+                "What each term was multiplied by: a schedule, or what `weight: auto` found." + seeds,
+            ),
+            curve_chart(
                 "Validation NLL",
                 [c for c in errors if c],
                 "NLL",
