@@ -138,7 +138,7 @@ class Ranks:
             return list(tensors), slice(0, count)
         if not self._gathering:
             assert self.group is None, "a group of some ranks is made by all of them at once: see _seated"
-            self._gathering.append(dist.new_group(timeout=timedelta(seconds=_timeout())))
+            self._gathering.append(_kept(dist.new_group(timeout=timedelta(seconds=_timeout()))))
         [group] = self._gathering
         counts = [0] * self.size
         counts[self.rank] = count
@@ -315,6 +315,15 @@ def refuse_lost_folder() -> None:
 
 
 _JOINED: list[Ranks] = []
+_GROUPS: list[Any] = []
+
+
+def _kept(group: Any) -> Any:
+    """The group, which stays for as long as the process: PyTorch 2.6 lets go of one by waiting for its threads while it holds the interpreter's lock,
+    and a thread that has just ended a step waits for that lock, to let go of the step's tensor. On a busy machine every second start of three ranks,
+    one of them a teacher's, hung."""
+    _GROUPS.append(group)
+    return group
 
 
 @contextmanager
@@ -350,6 +359,7 @@ def joined(teachers: int = 0) -> Iterator[Ranks]:
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
+    _kept(dist.group.WORLD)
     _JOINED.append(Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store))
     hearing = _Hearing(store) if rank and not _kept_by_launcher() else None
     try:
@@ -421,9 +431,12 @@ def _seated(ranks: Ranks, teachers: int) -> Ranks:
     ranks.barrier()
     dist.destroy_process_group()
     dist.init_process_group(backend, store=PrefixStore(f"teachers-{teachers}", ranks.store), rank=number, world_size=size, timeout=timeout)
+    _kept(dist.group.WORLD)
     # Every process makes every group, in one order: for each kind of ranks one for its steps, and one for what it gathers (see Ranks.gather).
-    groups = [[dist.new_group(list(range(*bounds)), timeout=timeout) for _ in range(2)] for bounds in ((0, students), (students, size))]
-    lane = dist.new_group(backend="gloo", timeout=timeout)
+    groups = [
+        [_kept(dist.new_group(list(range(*bounds)), timeout=timeout)) for _ in range(2)] for bounds in ((0, students), (students, size))
+    ]
+    lane = _kept(dist.new_group(backend="gloo", timeout=timeout))
     first, count, (group, gathering) = (0, students, groups[0]) if number < students else (students, teachers, groups[1])
     world = Ranks(number, size, ranks.local_size, ranks.store)
     own = Ranks(number - first, count, ranks.local_size, ranks.store, group, first, world, _gathering=[gathering])

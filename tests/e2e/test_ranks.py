@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -419,3 +423,40 @@ def test_shares_may_be_cut_alike_by_their_requests_alone(size: int, accumulate: 
             bounds = share.cuts(accumulate, alike=True)
             assert len(bounds) == fewest
             assert [i for start, stop in bounds for i in range(start, stop)] == list(range(len(share.rows)))
+
+
+def test_no_group_is_let_go_of_while_the_process_lives(tmp_path: Path) -> None:
+    """PyTorch 2.6 hangs now and then where one is (`limbeck.ranks._kept`); so whatever PyTorch knows at the end is held here too."""
+    script = tmp_path / "groups.py"
+    script.write_text(
+        "import os, torch\n"
+        "import torch.distributed as dist\n"
+        "from torch.distributed import distributed_c10d\n"
+        "from limbeck import ranks\n"
+        "with ranks.joined() as first:\n"
+        "    seen = list(distributed_c10d._world.pg_map)\n"
+        "    with ranks.joined(1) as world:\n"
+        "        own = world.seats.own\n"
+        "        own.gather([torch.ones(2)])\n"
+        "        seen += list(distributed_c10d._world.pg_map)\n"
+        "assert len(seen) >= 5, seen\n"
+        "assert all(any(group is kept for kept in ranks._GROUPS) for group in seen), (seen, ranks._GROUPS)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": "3",
+            "LOCAL_WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script)], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(3)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
