@@ -52,25 +52,49 @@ def models() -> None:
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False, help="Print this recipe.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe file, for editors.")] = False,
+    of_papers: Annotated[
+        bool, typer.Option("--published", help="List the recipes of papers: PAIR/METHOD, with what was reported.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --published: print docs/published.md.")] = False,
 ) -> None:
-    """Recipes to start from, and when to use each.
+    """Recipes to start from, and those of papers.
 
     `limbeck recipes NAME > my.yaml` starts a recipe. For completion and checks while typing, run `limbeck recipes --schema >
-    limbeck.schema.json` beside it; its first line names that file to the editor.
+    limbeck.schema.json` beside it; its first line names that file to the editor. A recipe of a paper can be run by its name:
+    `limbeck distill cifar100-resnet32x4-resnet8x4/dkd --data npz:cifar100.npz`.
     """
-    if schema and name is not None:
-        raise UsageError(Problem("--schema", f"takes no name beside it, got '{name}'."))
+    for option, given in (("--schema", schema), ("--published", of_papers)):
+        if given and name is not None:
+            raise UsageError(Problem(option, f"takes no name beside it, got '{name}'."))
+    if schema and of_papers:
+        raise UsageError(Problem("--schema", "and --published print different things; give one."))
+    if markdown and not of_papers:
+        raise UsageError(Problem("--markdown", "is for --published."))
     if schema:
         from limbeck.reading import json_schema
 
         print_json(json_schema())
         return
     ready = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
-    if name is None:
-        table(("recipe", "when to use it"), [(key, _first_comment(path)) for key, path in ready.items()])
+    if of_papers:
+        from limbeck import _published_show as show
+
+        if markdown:
+            print(show.page(), end="")
+        else:
+            table(show.COLUMNS, show.rows())
+    elif name is None:
+        papers = ("PAIR/METHOD", "To compare with the figures of a paper: `limbeck recipes --published` lists them.")
+        table(("recipe", "when to use it"), [*((key, _first_comment(path)) for key, path in ready.items()), papers])
     elif name.removesuffix(".yaml") in ready:
         print("# yaml-language-server: $schema=limbeck.schema.json")
         print(ready[name.removesuffix(".yaml")].read_text(encoding="utf-8"), end="")
+    elif "/" in name:
+        from limbeck import _published_show as show
+
+        found = show.text(name)
+        print("# yaml-language-server: $schema=limbeck.schema.json")
+        print(found, end="")
     else:
         raise UsageError(Problem("", f"there is no recipe '{name}'; there are {listed(list(ready))}.", nearest(name, ready)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from limbeck import _recipe_paths as paths
@@ -169,6 +170,10 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons |= dict.fromkeys(("train.momentum", "train.nesterov"), f"is for the optimizer sgd, and train.optimizer is {optimizer}.")
     if optimizer == "sgd":
         reasons["train.betas"] = "is for the optimizers adam and adamw, and train.optimizer is sgd."
+    if "step" not in (value("train.schedule"), value("teacher.train.schedule")):
+        reasons |= dict.fromkeys(
+            ("train.milestones", "train.decay"), f"is for the schedule step, and train.schedule is {value('train.schedule')}."
+        )
     if task == "image-classification":
         keys = ("data.text", "data.text_pair", "data.max_length")
         reasons |= dict.fromkeys(keys, f"is for texts, and the task is {task}.")
@@ -294,6 +299,7 @@ def _data(data: Given, value: Any) -> Iterable[Problem]:
 def _training(data: Given, value: Any) -> Iterable[Problem]:
     if value("train.optimizer") == "sgd" and value("train.momentum") == 0 and look(data, "train.nesterov") is True:
         yield Problem("train.nesterov", "needs a momentum, and train.momentum is 0.")
+    yield from _milestones(value)
     accumulate, batch = value("train.accumulate"), value("train.batch_size")
     if look(data, "train.batch_size") == "auto" and look(data, "train.accumulate") not in (MISSING, None, "auto"):
         text = "is auto, which looks for the number of microbatches that train.accumulate gives already."
@@ -316,6 +322,15 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
         elif name == "fp16" and device == "auto" and _cuda_devices() == 0:
             yield Problem(key, "fp16 needs a CUDA device, and none is available here.", "Use bf16, or auto.")
     yield from _device("train.device", device, "Use auto.")
+
+
+def _milestones(value: Any) -> Iterable[Problem]:
+    given = value("train.milestones")
+    if given in (MISSING, None):
+        if "step" in (value("train.schedule"), value("teacher.train.schedule")):
+            yield Problem("train.milestones", "is missing: the schedule step needs to know when.", "Example: milestones: [0.5, 0.75].")
+    elif isinstance(given, list) and all(_number(part) for part in given) and any(b <= a for a, b in pairwise(given)):
+        yield Problem("train.milestones", f"got {given}, expected numbers that rise.")
 
 
 def _placement(value: Any) -> Iterable[Problem]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from limbeck.errors import Problem, listed, nearest
 
-MODEL_KINDS = ("torchvision", "timm", "hf", "python", "run", "onnx", "logits", "module")
+MODEL_KINDS = ("torchvision", "timm", "cifar", "hf", "python", "run", "onnx", "logits", "module")
 """Prefixes of model names; ``module:NAME`` stands for an ``nn.Module`` that was given from Python."""
 SOURCE_KINDS = ("digits", "npz", "imagefolder", "csv", "jsonl", "parquet", "hf", "python")
 """Kinds of data sources; ``python`` stands for tensors or Datasets that were given from Python."""

@@ -286,7 +286,8 @@ class _Compute(nn.Module):
 
 
 def learning_rate(settings: Train, step: int, total: int, stage: int = 0) -> float:
-    """The learning rate of a step, a pure function: linear warm-up over ``warmup`` of all steps, then the schedule down to 0.
+    """The learning rate of a step, a pure function: linear warm-up over ``warmup`` of all steps, then the schedule: down to 0 (cosine, linear), times
+    ``decay`` behind each of the ``milestones`` (step), or as it is.
 
     lr is that of the stage where it has one: such a rate is (the stage's lr / train.lr) times what it would be without, whatever the schedule.
 
@@ -308,6 +309,8 @@ def learning_rate(settings: Train, step: int, total: int, stage: int = 0) -> flo
         return _cosine(top, 0.0, left)
     if settings.schedule == "linear":
         return top * (1 - left)
+    if settings.schedule == "step":
+        return float(top * settings.decay ** sum(step >= round(part * total) for part in settings.milestones or ()))
     return top
 
 

@@ -6,6 +6,7 @@ options, :func:`build_recipe` judges plain values.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from limbeck._recipe_yaml import read_yaml
 from limbeck.errors import Problem, UsageError, listed
 from limbeck.losses import LOSSES
 from limbeck.objective import check_terms, needs_of
+from limbeck.published import is_published, published
 from limbeck.recipe import Command, Recipe, Term, defaulted
 
 __all__ = [
@@ -89,18 +91,20 @@ def build_recipe(data: Mapping[str, Any], *, command: Command, where: str = "rec
 
 
 def load_recipe(path: Path | None, options: Mapping[str, Any], sets: Sequence[str], command: Command) -> tuple[Recipe, Path]:
-    """The recipe in the file ``path`` (None: options alone) with options and ``--set key.path=value`` over it, and the folder that its
-    relative paths are relative to: the file's, or the working directory without one.
+    """The recipe in the file ``path`` (or, where there is no such file, the published one of that name; None: options alone) with options and
+    ``--set key.path=value`` over it, and the folder that its relative paths are relative to: the file's, or the working directory without one.
 
     ``options`` has strings (or None) under the names of the command line: teacher, student, data, task, temp, alpha, epochs,
     batch_size, lr, seed, baseline (bool), fit_teacher (bool). Raises :class:`RecipeError` with all
     problems, files that are not there included.
     """
     here = Path.cwd()
-    base = here if path is None else path.resolve().parent
     where = "command line" if path is None else str(path)
+    ready = published(path.as_posix()) if path is not None and not os.path.exists(path) and is_published(path.as_posix()) else None
+    path = None if ready is not None else path
+    base = here if path is None else path.resolve().parent
     try:
-        data = {} if path is None else merging.expand_names(read_yaml(path))
+        data = ready or {} if path is None else merging.expand_names(read_yaml(path))
     except UsageError as error:
         raise UsageError([*error.problems, *_option_problems(options, sets, command)]) from None
     merged, spelt, problems = merging.merge(data, options, sets, command)

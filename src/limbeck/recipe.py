@@ -60,6 +60,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), _number]
 Probability = Annotated[float, Field(ge=0, le=1), _number]
 Magnitude = Annotated[float, Field(ge=0, le=30), _number]
 Text = Annotated[str, Field(min_length=1)]
+ScheduleName = Literal["cosine", "linear", "one_cycle", "step", "constant"]
 
 
 def _text(expected: str, **limits: Any) -> Any:
@@ -98,7 +99,7 @@ class TeacherTraining(Section):
     optimizer: Literal["adamw", "adam", "sgd"] | None = None
     lr: Positive | None = None
     weight_decay: NotNegative | None = None
-    schedule: Literal["cosine", "linear", "one_cycle", "constant"] | None = None
+    schedule: ScheduleName | None = None
     warmup: BelowOne | None = None
     if_needed: bool = False
     """Train only where the teacher's head does not fit the classes of the data."""
@@ -215,9 +216,13 @@ class Train(Section):
     """adam and adamw only."""
     weight_decay: NotNegative = 0.05
     """Where it is not given: 0.05, with sgd 5e-4, with adam 0."""
-    schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"
+    schedule: ScheduleName = "cosine"
     warmup: BelowOne = 0.05
     """Fraction of all steps."""
+    milestones: Annotated[list[Fraction], Field(min_length=1)] | None = None
+    """step only: the parts of all steps after which lr is multiplied by decay: [0.5, 0.75]."""
+    decay: Fraction = 0.1
+    """step only."""
     clip_norm: Positive | None = 1.0
     accumulate: Count | Literal["auto"] = 1
     """Microbatches a step. auto: as few as fit into memory, found by measuring; a step that would become another one by being cut is not cut."""

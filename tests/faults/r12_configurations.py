@@ -428,7 +428,7 @@ NEAR: dict[str, tuple[Any, ...]] = {
     "train.batch_size": (1, 2, 3, 39, 10**6, 2**62), "train.lr": (1e-300, 1e300, 3), "train.weight_decay": (0, 1e30),
     "train.accumulate": (1, 2, 16),
     "train.warmup": (0, 0.999), "train.ema": (0.5, 0.999999), "train.clip_norm": (1e-30, 1e30), "train.log_every": (1, 10**18),
-    "train.schedule": ("one_cycle",),
+    "train.schedule": ("one_cycle", "step"), "train.milestones": ([0.5], [0.5, 0.9], [0.9, 0.5], []), "train.decay": (0.1, 1),
     "train.checkpoint_every": (1, 10**18), "train.precision": ("float32", "float64", "bf16"), "train.workers": (0, 1, 10**9),
     "train.select": ("best", "last"),
     "train.layout": ("channels_last",), "train.optimizer": ("sgd", "adam"), "data.seed": (5, 2**63 - 1), "data.valid_fraction": (0.01,

@@ -189,7 +189,9 @@ class TestListings:
 
         assert limbeck("recipes") == 0
         names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
-        assert len(names) >= 5
+        assert names.pop() == "PAIR/METHOD"
+        names.append("cifar100-vgg13-vgg8/pkt")
+        assert len(names) >= 6
         for name in names:
             assert limbeck("recipes", name) == 0
             path = tmp_path / "r.yaml"
@@ -198,6 +200,19 @@ class TestListings:
             build_recipe(data, command="distill" if "teacher" in data else "train")
         assert limbeck("recipes", "python-modle") == 2
         assert "Did you mean 'python-model'?" in capsys.readouterr().err
+        assert limbeck("recipes", "cifar100-vgg13-vgg8/ptk") == 2
+        shown = capsys.readouterr()
+        assert not shown.out
+        assert "Did you mean 'cifar100-vgg13-vgg8/pkt'?" in shown.err
+
+    def test_recipes_of_papers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert limbeck("recipes", "--published") == 0
+        assert "cifar100-resnet32x4-resnet8x4" in capsys.readouterr().out
+        assert limbeck("recipes", "--published", "--markdown") == 0
+        said = "run: limbeck recipes --published --markdown > docs/published.md"
+        assert capsys.readouterr().out == (Path(__file__).parents[2] / "docs" / "published.md").read_text(encoding="utf-8"), said
+        for wrong in (("--published", "kd"), ("--markdown",), ("--published", "--schema")):
+            assert limbeck("recipes", *wrong) == 2
 
     def test_the_schema_is_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert limbeck("recipes", "--schema") == 0

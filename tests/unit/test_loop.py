@@ -447,6 +447,22 @@ def test_one_cycle_is_torchs() -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+def test_step_is_torchs() -> None:
+    s = settings(lr=0.5, warmup=0.0, schedule="step", milestones=[0.625, 0.75, 0.875], decay=0.2)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [150, 180, 210], gamma=0.2)
+    found, expected = [], []
+    for step in range(240):
+        found.append(learning_rate(s, step, 240))
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert len(set(expected)) == 4
+    assert found == pytest.approx(expected, rel=1e-12)
+    warm = s.model_copy(update={"warmup": 0.1})
+    assert [learning_rate(warm, step, 240) for step in (0, 23, 24, 150)] == pytest.approx([0.02, 0.48, 0.5, 0.1])
+
+
 def test_the_average_covers_batch_statistics() -> None:
     module = made(Big, "x")
     average = Average(module, 0.5)

@@ -170,6 +170,10 @@ READING = {
         command="train",
     ),
     "temp beside an objective": recipe(GOOD + "objective: [kd]\n", "--temp", "objective", options=("--temp", "2")),
+    "the schedule step without milestones": recipe(GOOD + "train: {schedule: step}\n", "train.milestones", "is missing", "[0.5, 0.75]"),
+    "milestones that fall": recipe(GOOD + "train: {schedule: step, milestones: [0.75, 0.5]}\n", "train.milestones", "numbers that rise"),
+    "a milestone in epochs": recipe(GOOD + "train: {schedule: step, milestones: [150]}\n", "train.milestones.0", "got 150"),
+    "milestones of another schedule": recipe(GOOD + "train: {milestones: [0.5]}\n", "train.milestones", "schedule step", "cosine"),
     # stages
     "a stage of dkd with blended labels": recipe(
         "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: {source: digits, augment: {mixup: 0.2}}\n"

@@ -247,7 +247,7 @@ class TestProblems:
         assert found["train.epoch"] == "no such key. Did you mean 'epochs'?"
         assert found["train.epochs"] == "got true, expected a whole number of at least 1 and at most 1,000,000."
         assert found["train.workers"] == "got -1, expected a whole number of at least 0 or 'auto'."
-        assert found["train.schedule"] == "got 'cosin', expected one of cosine, linear, one_cycle, constant. Did you mean 'cosine'?"
+        assert found["train.schedule"] == "got 'cosin', expected one of cosine, linear, one_cycle, step, constant. Did you mean 'cosine'?"
         assert found["data.lable"] == "no such key. Did you mean 'label'?"
         assert found["data.augment.crp"] == "no such key. Did you mean 'crop'?"
         assert found["teacher.train.epochs"] == "got 0, expected a whole number of at least 1 and at most 1,000,000."

@@ -128,10 +128,11 @@ class TestPlan:
         assert len(whole) == 20
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "one_cycle", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "one_cycle", "step", "constant"])
 def test_a_stage_scales_the_schedule_of_the_whole_run(schedule: str) -> None:
-    plain = settings(epochs=3, lr=0.2, schedule=schedule, warmup=0.3)
-    staged = settings(lr=0.2, schedule=schedule, warmup=0.3, stages=[Stage(epochs=1), Stage(epochs=2, lr=0.05)])
+    more = {"milestones": [0.4, 0.8]} if schedule == "step" else {}
+    plain = settings(epochs=3, lr=0.2, schedule=schedule, warmup=0.3, **more)
+    staged = settings(lr=0.2, schedule=schedule, warmup=0.3, **more, stages=[Stage(epochs=1), Stage(epochs=2, lr=0.05)])
     for step in range(60):
         whole = learning_rate(plain, step, 60)
         assert learning_rate(staged, step, 60, 0) == whole

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from limbeck._recipe_paths import home_path
-from limbeck.errors import Problem, UsageError, nearest
+from limbeck.errors import Problem, UsageError, listed, nearest
+from limbeck.models import cifar
 
 __all__ = ["SHORT_NAMES", "Name", "known_models", "parse_name"]
 
-PREFIXES = ("torchvision", "timm", "hf", "python", "run", "onnx", "logits")
+PREFIXES = ("torchvision", "timm", "cifar", "hf", "python", "run", "onnx", "logits")
 
 SHORT_NAMES: dict[str, tuple[str, str, str]] = {
     "bert-base": ("hf:google-bert/bert-base-uncased", "text encoder, 110M", "a solid default teacher, or a student of bert-large"),
@@ -61,6 +62,7 @@ def known_models() -> Iterator[tuple[str, str, str]]:
         yield name, f"{what} ({full})", when
     yield "torchvision:NAME", "any classifier of torchvision.models", "its name as torchvision writes it, e.g. torchvision:regnet_y_400mf"
     yield "timm:NAME", "any classifier of timm", "its name as timm writes it, e.g. timm:convnext_atto"
+    yield "cifar:NAME", "the papers' networks for 32 x 32 images", f"to compare with published figures: {', '.join(cifar.__all__)}"
     yield "hf:FOLDER_OR_HUB_ID", "a Hugging Face sequence or image classifier, or an encoder to make one of", "safetensors weights only"
     yield "python:FILE_OR_MODULE:CALLABLE", "your own function or class that returns an nn.Module", "anything else"
     yield "logits:FILE", "a teacher's answers that were computed elsewhere (.npy or .parquet)", "the teacher itself is out of reach"
@@ -95,6 +97,14 @@ def _prefixed(prefix: str, target: str, given: str, base: Path, where: str) -> N
             )
         case "torchvision" | "timm" | "python":
             return Name(prefix, target, given)
+        case "cifar":
+            if target not in cifar.__all__:
+                raise UsageError(
+                    Problem(
+                        where, f"there is no '{given}'; after cifar: comes {listed(cifar.__all__, 40)}.", nearest(target, cifar.__all__)
+                    )
+                )
+            return Name("python", f"{cifar.__file__}:{target}", given)
         case "hf":
             folder = _folder(target, base)
             if folder is None and _looks_like_path(target):
