@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -710,3 +711,34 @@ def test_mistakes_of_serve(
 ) -> None:
     assert limbeck("serve", *(a.replace("RUN", str(image_run[0])) for a in arguments)) == 2
     assert text in capsys.readouterr().err
+
+
+class TestStopBeforeServing:
+    """SIGTERM may come when a process is about to serve and uvicorn does not listen to signals yet."""
+
+    def told(self, monkeypatch: pytest.MonkeyPatch, when: str) -> list[bool]:
+        from limbeck.serve import _process
+
+        ran: list[bool] = []
+
+        def run(server: Any, sockets: Any) -> None:
+            if when == "at the start":
+                signal.raise_signal(signal.SIGTERM)
+            ran.append(server.should_exit)
+
+        monkeypatch.setattr(_process, "make_app", lambda served, settings: None)
+        monkeypatch.setattr(_process._Server, "run", run)
+        with _process._ended_quietly() as told:
+            if when == "before":
+                signal.raise_signal(signal.SIGTERM)
+            _process._run([], Settings(), None, told)  # type: ignore[arg-type]
+        return ran
+
+    def test_before_there_is_a_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.told(monkeypatch, "before") == []
+
+    def test_before_the_server_listens_to_signals(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.told(monkeypatch, "at the start") == [True]
+
+    def test_without_a_signal_it_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.told(monkeypatch, "never") == [False]

@@ -158,6 +158,7 @@ class _Server(uvicorn.Server):
         gate.draining = True
         await asyncio.sleep(self.config.app_grace)  # type: ignore[attr-defined]
         for listening in sockets or []:
+            listening.listen(0)  # the kernel takes one more at most, in place of 2,048
             await self._take_the_last(listening)
         await super().shutdown(sockets)
 
@@ -194,9 +195,9 @@ def serve(named: Sequence[Named], settings: Settings) -> None:
     if not os.environ.get(KEY) and settings.host not in LOOPBACK:
         print(f"Anyone who reaches {shown} may ask: set {KEY} to require a key.", file=sys.stderr)
     print(f"Serving on http://{shown}:{port}", file=sys.stderr, flush=True)
-    with _ended_quietly():
+    with _ended_quietly() as told:
         if settings.workers == 1:
-            _run(served, settings, listening)
+            _run(served, settings, listening, told)
         else:
             del served  # the workers have their own
             _run_workers(named, settings, listening)
@@ -217,7 +218,7 @@ def _bind(settings: Settings) -> socket.socket:
     return listening
 
 
-def _run(served: Sequence[Served], settings: Settings, listening: socket.socket) -> None:
+def _run(served: Sequence[Served], settings: Settings, listening: socket.socket, told: _Told) -> None:
     config = uvicorn.Config(
         make_app(served, settings),
         http=_Connection,
@@ -233,18 +234,35 @@ def _run(served: Sequence[Served], settings: Settings, listening: socket.socket)
         backlog=2048,
     )
     config.app_grace = settings.grace  # type: ignore[attr-defined]
-    _Server(config).run(sockets=[listening])
+    server = told.server = _Server(config)
+    if not told.stop:
+        server.run(sockets=[listening])
+
+
+@dataclass
+class _Told:
+    """To stop, before the server hears signals itself, or after it has."""
+
+    stop: bool = False
+    server: _Server | None = None
+
+    def __call__(self, *_: Any) -> None:
+        self.stop = True
+        if self.server is not None:
+            self.server.should_exit = True
 
 
 @contextlib.contextmanager
-def _ended_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that it was stopped by again, once it has drained; the process ends with 0 all the same."""
+def _ended_quietly() -> Iterator[_Told]:
+    """uvicorn raises the signal that it was stopped by again, once it has drained; the process ends with 0 all the same. A signal that comes before
+    uvicorn listens counts too: a worker that overheard it would serve on until it is killed, with what it had accepted."""
+    told = _Told()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield told
         return
-    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield told
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -252,8 +270,8 @@ def _ended_quietly() -> Iterator[None]:
 
 def _worker(named: Sequence[Named], settings: Settings, listening: socket.socket) -> None:
     served = [Served(one.name, one.version, open_model(one.folder, settings.threads)) for one in named]
-    with _ended_quietly():
-        _run(served, settings, listening)
+    with _ended_quietly() as told:
+        _run(served, settings, listening, told)
 
 
 def _run_workers(named: Sequence[Named], settings: Settings, listening: socket.socket) -> None:
