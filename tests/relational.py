@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limbeck.losses import LOSSES, Layer, LossEntry
+from limbeck.losses import LOSSES, Layer, LossEntry, Population
 from limbeck.objective import Objective
 from limbeck.ranks import Ranks, joined
 from limbeck.recipe import Term
@@ -76,7 +76,8 @@ def fit_once(folder: Path, ranks: Ranks, terms: list[Term], accumulate: int = 1)
     """34 rows, 13 of them without a label, in steps of 16: shares with uneven counts of items, and a last step that only one rank has rows of."""
     data = toy_data(21, unlabelled=13)
     shapes: dict[str, Any] = {"shapes_student": {"body": (2, 5)}, "shapes_teacher": {"norm": (2, 16)}}
-    objective = Objective.build(terms, classes=data.classes, label_counts=[1] * 4, **shapes)
+    population = Population(data.train.ids, data.train.labels)
+    objective = Objective.build(terms, classes=data.classes, label_counts=[1] * 4, population=population, **shapes)
     assert objective.relational
     assert not objective.per_item
     train = settings(batch_size=16, optimizer="sgd", lr=0.1, epochs=3, clip_norm=0.3, accumulate=accumulate)

@@ -28,6 +28,7 @@ from limbeck.engine import Engine
 from limbeck.errors import Problem, UsageError
 from limbeck.evaluate import metrics, predict
 from limbeck.loop import Feed
+from limbeck.losses import LOSSES, Population
 from limbeck.models import Model, adapt_published, called_layers, probe_shapes, try_model, which_blocks
 from limbeck.objective import Objective, StagedObjective, needs_of
 from limbeck.randomness import order
@@ -334,9 +335,15 @@ class Parts:
                 label_counts=self.label_counts,
                 shapes_student=self._shapes(number),
                 shapes_teacher=self.shapes_teacher,
+                population=self.population if any("samples" in LOSSES[t.loss].reads for t in terms) else None,
                 seed=seed,
             )
         )
+
+    @cached_property
+    def population(self) -> Population:
+        """The training rows, for losses that tell samples apart."""
+        return Population(self.data.train.ids, self.data.train.labels)
 
     def baseline_objective(self) -> Objective | StagedObjective:
         """Cross entropy, in each stage with the parameters of its own term."""

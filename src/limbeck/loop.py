@@ -142,6 +142,7 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad(), capture, again, _fork(engine):
         module.train()
         objective.train()
+        objective.stepped(keep=False)  # it may have been asked on the way here, by what measures
         compute = _Compute(student, objective, capture, engine, ranks)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward
         pulls = pulling(objective, work, module, parameters, plan, settings.balance_every, scaler, ranks)
@@ -188,6 +189,7 @@ def fit(
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
             touch(skipped)
             scaler.update()
+            objective.stepped()
             if average is not None:
                 average.update(done.steps)
             done.steps = request.step + 1

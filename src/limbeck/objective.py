@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed, nearest
-from limbeck.losses import AUTO, LOSSES, LossEntry, Parameter, raised, shaped
+from limbeck.losses import AUTO, LOSSES, LossEntry, Parameter, Population, raised, shaped
 from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
@@ -179,13 +179,14 @@ class Objective(nn.Module):
         label_counts: Sequence[int] | np.ndarray[Any, Any],
         shapes_student: Shapes | None = None,
         shapes_teacher: Shapes | None = None,
+        population: Population | None = None,
         seed: int = 0,
     ) -> Objective:
         """The objective of a recipe's terms.
 
         classes: names in the order of the logits. label_counts: (C,), labelled training items of each class, for ``class_weights:
-        balanced``. shapes_*: what :func:`needs_of` asked to capture, batch first. seed: of the initial projections. Raises UsageError with
-        all problems.
+        balanced``. shapes_*: what :func:`needs_of` asked to capture, batch first. population: the training rows, for losses that read
+        samples. seed: of the initial projections, and of what is drawn. Raises UsageError with all problems.
         """
         problems = check_terms(terms)
         if problems:
@@ -200,7 +201,7 @@ class Objective(nn.Module):
                     if parameter.per_class and values.get(parameter.name) is not None:
                         values[parameter.name] = _per_class(parameter.name, values[parameter.name], classes, label_counts)
                 with forked(seed, "objective", name):
-                    built.append(_Term(name, term, values, shapes_student or {}, shapes_teacher or {}))
+                    built.append(_Term(name, term, values, shapes_student or {}, shapes_teacher or {}, population, seed))
             except UsageError as error:
                 problems += [replace(p, where=f"objective.{i}.{p.where}") for p in error.problems]
         if problems:
@@ -221,6 +222,14 @@ class Objective(nn.Module):
         """Each term's weight at ``progress``, for the log."""
         balance = dict(zip(self.balanced, self.balance.tolist(), strict=True)) if self.balanced else {}
         return {t.name: balance[t.name] if t.name in balance else value_at(t.term.weight, progress) for t in self._each}
+
+    def stepped(self, keep: bool = True) -> None:
+        """Tell the losses with a memory that an optimiser step is over; keep: False that what they have seen since the last one was no step."""
+        for term in self._each:
+            if "samples" in term.entry.reads:
+                losses: Any = term.loss if isinstance(term.loss, nn.ModuleList) else [term.loss]
+                for loss in losses:
+                    loss.stepped(keep)
 
     def rebalance(self, number: int, ratio: Tensor, *, first: bool) -> None:
         """A measurement of the weight that balances ``balanced[number]``: taken as it is at first, later into a geometric mean with those before.
@@ -341,11 +350,25 @@ class StagedObjective(nn.Module):
         """The objective of a stage."""
         return self._stages[stage]
 
+    def stepped(self, keep: bool = True) -> None:
+        """As :meth:`Objective.stepped`, in all stages."""
+        for stage in self._stages:
+            stage.stepped(keep)
+
 
 class _Term(nn.Module):
     """One term: its loss, its parameters, and the selection of its items."""
 
-    def __init__(self, name: str, term: Term, values: dict[str, Any], shapes_student: Shapes, shapes_teacher: Shapes) -> None:
+    def __init__(
+        self,
+        name: str,
+        term: Term,
+        values: dict[str, Any],
+        shapes_student: Shapes,
+        shapes_teacher: Shapes,
+        population: Population | None,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.name, self.term = name, term
         self.entry = LOSSES[term.loss]
@@ -375,9 +398,15 @@ class _Term(nn.Module):
         named = {p.name: p.layer.side for p in self.entry.parameters.values() if p.layer is not None}
         plain = {key: value for key, value in values.items() if key not in named and key != "layers"}
         self.values: dict[str, Any] = {}
+        self._population, self._seed = population, seed
+        rows: list[int] = []
+        if "samples" in self.entry.reads:
+            if population is None:
+                raise ValueError(f"{name} reads samples, and the training rows were not given")
+            rows = [len(population)]
         if self.entry.learned:
             each = [
-                self.entry.function(*feature, **{name: pair[side] for name, side in named.items()}, **plain)
+                self.entry.function(*feature, *rows, **{name: pair[side] for name, side in named.items()}, **plain)
                 for pair, feature in zip(pairs or [{}], features or [[]], strict=True)
             ]
             self.loss: Any = each[0] if len(each) == 1 else nn.ModuleList(each)
@@ -423,7 +452,7 @@ class _Term(nn.Module):
     ) -> Tensor:
         """(N,) values of the selected items: of several pairs of layers their mean or their sum, as was published."""
         now = {key: value_at(schedule, progress) for key, schedule in self._schedules.items()}
-        each = [self._of_pair(number, {**self.values, **now}, student, teacher, batch, rows, gather) for number in range(self.pairs)]
+        each = [self._of_pair(n, {**self.values, **now}, student, teacher, batch, progress, rows, gather) for n in range(self.pairs)]
         if len(each) == 1:
             return each[0]
         summed = torch.stack(each).sum(0)
@@ -436,12 +465,13 @@ class _Term(nn.Module):
         student: Outputs,
         teacher: Signal | None,
         batch: Batch,
+        progress: float,
         rows: tuple[Tensor, ...] | None,
         gather: Gather | None,
     ) -> Tensor:
         by_token = self.tokens and "attention_mask" in batch.student
         items = batch.student["attention_mask"].shape if by_token else batch.mask.shape
-        tensors = [self._tensor(what, number, student, teacher, batch) for what in self.entry.reads]
+        tensors = [self._tensor(what, number, student, teacher, batch, progress) for what in self.entry.reads]
         for what, x in zip(self.entry.reads, tensors, strict=True):
             if x.shape[: len(items)] != items:
                 raise UsageError(_misfit(self.name, what, {side: each[number] for side, each in self.layers.items()}, x, items))
@@ -462,10 +492,16 @@ class _Term(nn.Module):
         found: Tensor = loss(*tensors, **values)
         return found[own]
 
-    def _tensor(self, what: str, number: int, student: Outputs, teacher: Signal | None, batch: Batch) -> Any:
+    def _tensor(self, what: str, number: int, student: Outputs, teacher: Signal | None, batch: Batch, progress: float) -> Any:
         """A tensor, or :class:`SparseLogits`, which is indexed like one; that the loss can use it was judged when the recipe was read."""
         if what == "labels":
             return batch.labels
+        if what == "samples":
+            assert self._population is not None
+            one: Any = self.loss[number] if isinstance(self.loss, nn.ModuleList) else self.loss
+            # no two steps of a fit have the same progress
+            drawn = self._population.drawn(batch.ids, one.negatives, self._seed, self.name, number, float(progress).hex())
+            return torch.from_numpy(drawn).to(batch.labels.device, non_blocking=True)
         if what == "mask":
             tokens = student.features[self.layers["student"][number]]
             return batch.student.get("attention_mask", tokens.new_ones(tokens.shape[:2]))

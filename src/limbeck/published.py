@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from limbeck.errors import Problem, UsageError, nearest
-from limbeck.losses import LOSSES
 
 __all__ = ["METHODS", "PAIRS", "Pair", "is_published", "names", "published"]
 
@@ -135,11 +134,7 @@ METHODS: dict[str, Callable[[Pair], Terms]] = {
     "minilm": _minilm("minilm"),
     "minilm_v2": _minilm("minilm_v2"),
 }
-"""How each method is run on a pair, where its loss is built."""
-
-for _loss in ("crd",):
-    if _loss not in LOSSES:
-        del METHODS[_loss]
+"""How each method is run on a pair."""
 
 # -- CIFAR-100 ------------------------------------------------------------------------------------------------------------------
 
@@ -356,7 +351,7 @@ PAIRS: dict[str, Pair] = {
 
 def names() -> list[str]:
     """PAIR/METHOD of all of them."""
-    return [f"{key}/{method}" for key, pair in PAIRS.items() for method in pair.methods if method in METHODS]
+    return [f"{key}/{method}" for key, pair in PAIRS.items() for method in pair.methods]
 
 
 def is_published(name: str) -> bool:

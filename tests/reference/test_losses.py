@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck.losses import LOSSES, minilm, minilm_v2, patient, tinybert_scores
+from limbeck.losses import LOSSES, Crd, minilm, minilm_v2, patient, tinybert_scores
 from limbeck.losses.maps import hcl, partial_l2
 from limbeck.objective import Objective
 from limbeck.recipe import Term
@@ -253,6 +253,36 @@ def picked(given: Inputs, chosen: Tensor) -> Inputs:
     return {k: given[k][chosen] for k in ("student_logits", "teacher_logits")}
 
 
+def run_crd(case: Case, given: Inputs) -> Made:
+    """One step with the authors' draws; the memory behind it too."""
+    params = case["params"]
+    student, teacher = given["student_feat"], given["teacher_feat"]
+    how = {"dim": params["feat_dim"], "negatives": params["nce_k"], "temperature": params["nce_t"], "momentum": params["nce_m"]}
+    loss = Crd(tuple(student.shape), tuple(teacher.shape), params["n_data"], student="a", teacher="b", **how).to(student.dtype)
+    with torch.no_grad():
+        for side in ("student", "teacher"):
+            linear = getattr(loss, f"embed_{side}")
+            linear.weight.copy_(given[f"embed_{side[0]}.linear.weight"])
+            linear.bias.copy_(given[f"embed_{side[0]}.linear.bias"])
+            getattr(loss, f"of_{side}").copy_(given[f"memory_{side}"])
+        loss.scale.copy_(torch.tensor(params["Z"], dtype=torch.float64))
+    assert torch.equal(given["contrast_index"][:, 0], given["index"])
+    value = loss(student, teacher, given["contrast_index"]).mean()
+    loss.stepped()
+    AFTER[case["id"]] = {f"memory_{side}_after": getattr(loss, f"of_{side}") for side in ("student", "teacher")}
+    for at, side in enumerate(("student", "teacher")):
+        assert float(loss.scale[at]) == pytest.approx(case["expected"][f"Z_{side}"], rel=1e-9 if student.dtype == torch.float64 else 1e-5)
+    named = {
+        f"embed_{side[0]}.linear.{what}": getattr(getattr(loss, f"embed_{side}"), what)
+        for side in ("student", "teacher")
+        for what in ("weight", "bias")
+    }
+    return value, named
+
+
+AFTER: dict[str, dict[str, Tensor]] = {}
+"""What a case leaves in the memory."""
+
 BUILT: dict[str, Callable[[Case, Inputs], Made]] = {
     "kd": on_logits("kd"),
     "kd_mix": run_kd_mix,
@@ -276,6 +306,7 @@ BUILT: dict[str, Callable[[Case, Inputs], Made]] = {
     "ofd": run_ofd,
     "cka": on_features("cka"),
     "reviewkd": run_hcl,
+    "crd": run_crd,
     "tinybert": run_tinybert,
     "minilm": run_minilm,
     "minilmv2": run_minilm,
@@ -349,3 +380,5 @@ def test_reference(case: Case, tensors: Inputs) -> None:
                 assert float(gradient.abs().max()) <= 1.01 * float(stored.abs().max())
             else:
                 close(gradient, stored, tolerance)
+        for name, found in AFTER.pop(case["id"], {}).items():
+            close(found, tensors[f"{case['id']}/expected/{name}"], tolerance)

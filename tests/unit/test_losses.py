@@ -23,6 +23,7 @@ from limbeck.losses import (
     Hint,
     LossEntry,
     Ofd,
+    Population,
     Vid,
     _described,
     attention_transfer,
@@ -59,8 +60,10 @@ from limbeck.types import Batch, Outputs, Signal
 N, C = 8, 5
 FEATURES = {"vectors": ((6,), (4,)), "maps": ((3, 4, 4), (4, 2, 2)), "tokens": ((3, 6), (3, 4)), "projections": ((3, 24), (3, 12))}
 AGREEING = {"vectors": ((4,), (4,)), "maps": ((3, 4, 4), (3, 4, 4)), "tokens": ((3, 4), (3, 4)), "projections": ((3, 24), (3, 24))}
-EXAMPLE = {"heads": 2}
-"""In place of the heads of an example, for features as small as these."""
+EXAMPLE = {"heads": 2, "negatives": 5}
+"""In place of what stands in an example, for features and data as small as these."""
+IDS = np.stack([np.arange(20, dtype=np.uint64), np.zeros(20, np.uint64)], axis=1)
+POPULATION = Population(IDS, np.arange(20) % 4)
 
 
 class Kind(NamedTuple):
@@ -84,10 +87,15 @@ def fit(entry: LossEntry, student: Any, teacher: Any) -> bool:
     if not entry.learned:
         return entry.fits is None or not entry.fits(student, teacher, example(entry))
     try:
-        entry.function(student, teacher, **entry.example)
+        entry.function(student, teacher, *rows_of(entry), **entry.example)
     except UsageError:
         return False
     return True
+
+
+def rows_of(entry: LossEntry) -> list[int]:
+    """What the constructor of a loss takes beside shapes."""
+    return [len(POPULATION)] * ("samples" in entry.reads)
 
 
 def example(entry: LossEntry) -> dict[str, Any]:
@@ -121,6 +129,8 @@ def draw(kind: Kind, dtype: torch.dtype = torch.float64, agreeing: bool = False,
             if kind.inputs == "classes":
                 return torch.randint(C, (N,), generator=g)
             return torch.softmax(torch.randn(N, C, generator=g, dtype=torch.float64), -1).to(dtype)
+        if read == "samples":
+            return torch.from_numpy(POPULATION.drawn(IDS[:N], EXAMPLE["negatives"], seed))
         if read == "mask":
             return (torch.arange(3) < torch.randint(1, 4, (N, 1), generator=g)).long()
         shape = (N, C) if read.endswith("logits") else shapes_of(kind.entry, kind.inputs, agreeing)[read.startswith("teacher")]
@@ -136,7 +146,7 @@ def loss_of(kind: Kind, tensors: list[Tensor], **changed: Any) -> Callable[..., 
         paths = {p.name for p in kind.entry.parameters.values() if p.layer is not None}
         return lambda *x: kind.entry.function(*x, **{k: v for k, v in values.items() if k not in paths})
     torch.manual_seed(1)
-    module = kind.entry.function(*(tuple(x.shape) for x in tensors[:2]), **values)
+    module = kind.entry.function(*(tuple(x.shape) for x in tensors[:2]), *rows_of(kind.entry), **values)
     return module.to(tensors[0].dtype)  # type: ignore[no-any-return]
 
 
@@ -155,6 +165,7 @@ def in_objective(
         label_counts=[1] * C,
         shapes_student=shapes.get("student"),
         shapes_teacher=shapes.get("teacher"),
+        population=POPULATION,
     ).to(tensors[0].dtype)
 
     def outputs(batch: Batch, now: list[Tensor]) -> tuple[Outputs, Signal]:
@@ -170,7 +181,8 @@ def in_objective(
 def batch_for(kind: Kind, tensors: list[Tensor], mask: Tensor) -> Batch:
     labels = tensors[kind.entry.reads.index("labels")] if "labels" in kind.entry.reads else torch.full((len(mask),), -1)
     inputs = {"attention_mask": tensors[2]} if "mask" in kind.entry.reads else {"x": torch.zeros(len(mask), 1)}
-    return Batch(np.zeros((len(mask), 2), np.uint64), 0, inputs, None, labels, mask)
+    ids = IDS[tensors[2][:, 0]] if "samples" in kind.entry.reads else np.zeros((len(mask), 2), np.uint64)
+    return Batch(ids, 0, inputs, None, labels, mask)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------------------------

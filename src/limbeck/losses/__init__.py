@@ -5,8 +5,10 @@ To add a loss, write the function (or module) and its row in ``_table.py``: reci
 
 from __future__ import annotations
 
+from limbeck.losses._population import Population
 from limbeck.losses._seam import AUTO, Layer, LossEntry, Parameter, PerClass, Schedulable, raised, shaped
 from limbeck.losses._table import LOSSES
+from limbeck.losses.contrast import Crd
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
@@ -20,12 +22,14 @@ __all__ = [
     "LOSSES",
     "Correlation",
     "Cosine",
+    "Crd",
     "Hint",
     "Layer",
     "LossEntry",
     "Ofd",
     "Parameter",
     "PerClass",
+    "Population",
     "Schedulable",
     "Vid",
     "attention_transfer",

@@ -37,9 +37,11 @@ __all__ = [
     "shaped",
 ]
 
-Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels", "mask"]
+Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels", "mask", "samples"]
 """A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats. Mask: (N, T),
-0 at padding, beside features by token."""
+0 at padding, beside features by token. Samples: (N, 1 + K) int64, where a sample and others that are drawn for it stand among all training rows
+(:class:`limbeck.losses._population.Population`); the loss is a module with ``negatives`` (K), is built with the number of rows as its third argument,
+and is told of each optimiser step by ``stepped``."""
 
 Shape = tuple[int, ...]
 """Of a captured feature, batch first."""

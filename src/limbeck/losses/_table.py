@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from limbeck.losses._seam import LossEntry, of_maps, of_samples
+from limbeck.losses.contrast import Crd
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
@@ -394,6 +395,19 @@ _ROWS = (
         fits=of_projections,
         sequences=True,
         part=QKV,
+    ),
+    LossEntry(
+        name="crd",
+        function=Crd,
+        reads=("student.features", "teacher.features", "samples"),
+        per_item=False,
+        zero_at=None,
+        shift_invariant=False,
+        summary="Tell the teacher's view of a sample from those of others. For embeddings of any two widths, where a GPU has room for the memory.",
+        source="Tian et al. 2020 (CRD), arXiv:1910.10699",
+        cost="N K d, K negatives of d numbers, and 2 M d numbers kept for M training rows",
+        weight=0.8,
+        example={"student": "avgpool", "teacher": "avgpool", "negatives": 16384},
     ),
     LossEntry(
         name="vid",
