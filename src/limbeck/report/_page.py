@@ -276,7 +276,7 @@ def training(run: Run) -> list[Chart]:
                 _curves.weights(run.seeds),
                 "weight",
                 "{:.3g}".format,
-                "What each term was multiplied by: a schedule, or what `weight: auto` found." + seeds,
+                "What each term was multiplied by: a schedule, or what weight: auto found." + seeds,
             ),
             curve_chart(
                 "Validation NLL",
