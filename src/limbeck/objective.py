@@ -404,12 +404,18 @@ class _Term(nn.Module):
             if population is None:
                 raise ValueError(f"{name} reads samples, and the training rows were not given")
             rows = [len(population)]
-        if self.entry.learned:
+        self.together = self.entry.layers == "together"
+        if self.together:
+            by_side = {side: list(each) for side, each in self.layers.items()}
+            joint: Any = [[shapes[side][path] for path in each] for side, each in by_side.items()]
+            self.loss: Any = self.entry.function(*joint, **{name: by_side[side] for name, side in named.items()}, **plain)
+            pairs = pairs[:1]
+        elif self.entry.learned:
             each = [
                 self.entry.function(*feature, *rows, **{name: pair[side] for name, side in named.items()}, **plain)
                 for pair, feature in zip(pairs or [{}], features or [[]], strict=True)
             ]
-            self.loss: Any = each[0] if len(each) == 1 else nn.ModuleList(each)
+            self.loss = each[0] if len(each) == 1 else nn.ModuleList(each)
         else:
             known = {p.name: p.default for p in self.entry.parameters.values()} | plain
             for pair, feature in zip(pairs, features, strict=True):
@@ -471,10 +477,12 @@ class _Term(nn.Module):
     ) -> Tensor:
         by_token = self.tokens and "attention_mask" in batch.student
         items = batch.student["attention_mask"].shape if by_token else batch.mask.shape
-        tensors = [self._tensor(what, number, student, teacher, batch, progress) for what in self.entry.reads]
-        for what, x in zip(self.entry.reads, tensors, strict=True):
+        levels = range(len(self.layers["student"])) if self.together else [number]
+        asked = [(what, n) for what in self.entry.reads for n in levels]
+        tensors = [self._tensor(what, n, student, teacher, batch, progress) for what, n in asked]
+        for (what, n), x in zip(asked, tensors, strict=True):
             if x.shape[: len(items)] != items:
-                raise UsageError(_misfit(self.name, what, {side: each[number] for side, each in self.layers.items()}, x, items))
+                raise UsageError(_misfit(self.name, what, {side: each[n] for side, each in self.layers.items()}, x, items))
         if self._compares and tensors[0].shape != tensors[1].shape:
             raise UsageError(Problem(self.name, f"the student has {tensors[0].shape[-1]} classes and the teacher {tensors[1].shape[-1]}."))
         if rows is not None:
@@ -489,7 +497,8 @@ class _Term(nn.Module):
         loss: Any = self.loss[number] if isinstance(self.loss, nn.ModuleList) else self.loss
         if not isinstance(tensors[-1], Tensor):
             loss = self.entry.sparse
-        found: Tensor = loss(*tensors, **values)
+        given = [tensors[i : i + len(levels)] for i in range(0, len(tensors), len(levels))] if self.together else tensors
+        found: Tensor = loss(*given, **values)
         return found[own]
 
     def _tensor(self, what: str, number: int, student: Outputs, teacher: Signal | None, batch: Batch, progress: float) -> Any:

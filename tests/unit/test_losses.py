@@ -99,7 +99,8 @@ def rows_of(entry: LossEntry) -> list[int]:
 
 
 def example(entry: LossEntry) -> dict[str, Any]:
-    return {**entry.example, **{k: v for k, v in EXAMPLE.items() if k in entry.example}}
+    one_level = {side: each[0] for side, each in entry.example.items() if entry.layers == "together"}
+    return {**entry.example, **one_level, **{k: v for k, v in EXAMPLE.items() if k in entry.example}}
 
 
 def kinds() -> list[Kind]:
@@ -750,7 +751,7 @@ def test_losses_of_attention_are_loops_over_texts_and_heads() -> None:
         minilm(*given, heads=5)
 
 
-LAYERED = [e for e in LOSSES.values() if e.layers is not None]
+LAYERED = [e for e in LOSSES.values() if e.layers in ("mean", "sum")]
 
 
 @pytest.mark.parametrize("entry", LAYERED, ids=lambda e: e.name)
@@ -827,7 +828,79 @@ def test_corners_of_features_are_finite_and_bounded(kind: Kind, corner: str) -> 
         given = [student, *(loss.parameters() if isinstance(loss, nn.Module) else [])]
         for gradient in torch.autograd.grad(values.mean(), given):
             assert torch.isfinite(gradient).all()
-            assert corner == "huge" or float(gradient.abs().max()) < 1e4  # published code: up to 1e12
+            # two batch normalisations of what is constant; published code: up to 1e12
+            limit = 1e6 if kind.entry.name == "review" else 1e4
+            assert corner == "huge" or float(gradient.abs().max()) < limit
+
+
+def test_review_is_the_formula() -> None:
+    """Three levels, the last one a vector, sizes of student and teacher apart: the authors' order of convolution, fusion and resizing, in NumPy."""
+    rng = np.random.default_rng(5)
+    ours = [(3, 8, 8), (4, 4, 4), (6,)]
+    theirs = [(5, 8, 8), (6, 2, 2), (7,)]
+    s, t = ([rng.normal(size=(N, *shape)) for shape in shapes] for shapes in (ours, theirs))
+    names = {side: [f"{side}{i}" for i in range(3)] for side in ("student", "teacher")}
+    shapes = {
+        f"shapes_{side}": {n: x.shape for n, x in zip(names[side], given, strict=True)} for side, given in (("student", s), ("teacher", t))
+    }
+    term = Term.model_validate({"loss": "review", "width": 2, **names})
+    objective = Objective.build([term], classes=["k"], label_counts=[1], **shapes).double()
+    review: Any = objective.terms[0].loss  # type: ignore[union-attr]
+
+    def conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        size = weight.shape[2]
+        padded = np.pad(x, ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))
+        found = np.einsum("nchwij,ocij->nohw", windows, weight)
+        return found if bias is None else found + bias[:, None, None]
+
+    def normed(pair: nn.Sequential, x: np.ndarray) -> np.ndarray:
+        x = conv(x, pair[0].weight.detach().numpy())
+        mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+        return (x - mean) / np.sqrt(var + 1e-5)
+
+    def resized(x: np.ndarray, size: int) -> np.ndarray:
+        at = (np.arange(size) * x.shape[2]) // size
+        return x[:, :, at][:, :, :, at]
+
+    def pooled(x: np.ndarray, size: int) -> np.ndarray:
+        step = x.shape[2] // size
+        return x.reshape(*x.shape[:2], size, step, size, step).mean((3, 5))
+
+    def level(a: np.ndarray, b: np.ndarray) -> float:
+        total, weights, weight = ((a - b) ** 2).mean(), 1.0, 1.0
+        for size in (4, 2, 1):
+            if size < a.shape[2]:
+                weight /= 2
+                total, weights = total + weight * ((pooled(a, size) - pooled(b, size)) ** 2).mean(), weights + weight
+        return float(total / weights)
+
+    as_maps = [[x if x.ndim == 4 else x[:, :, None, None] for x in given] for given in (s, t)]
+    want, deeper = 0.0, None
+    for i in (2, 1, 0):
+        x = normed(review.first[i], as_maps[0][i])
+        if deeper is not None:
+            y = resized(deeper, x.shape[2])
+            weigh = review.weigh[i]
+            z = 1 / (1 + np.exp(-conv(np.concatenate([x, y], 1), weigh.weight.detach().numpy(), weigh.bias.detach().numpy())))
+            x = x * z[:, :1] + y * z[:, 1:]
+        x = deeper = resized(x, as_maps[1][i].shape[2])
+        want += level(normed(review.then[i], x), as_maps[1][i])
+
+    student = {n: torch.from_numpy(x).requires_grad_() for n, x in zip(names["student"], s, strict=True)}
+    teacher = {n: torch.from_numpy(x) for n, x in zip(names["teacher"], t, strict=True)}
+    batch = Batch(np.zeros((N, 2), np.uint64), 0, {"x": torch.zeros(N, 1)}, None, torch.full((N,), -1), torch.ones(N, dtype=torch.bool))
+    counts = objective.counts(batch)
+    loss, _ = objective(Outputs(torch.zeros(N, 1, dtype=torch.float64), student), Signal(None, teacher), batch, progress=0.0, counts=counts)
+    assert loss.item() == pytest.approx(want, rel=1e-10)
+    for gradient in torch.autograd.grad(loss, list(student.values())):
+        assert float(gradient.abs().max()) > 0
+
+
+def test_review_refuses_what_is_no_square_map() -> None:
+    shapes = {"shapes_student": {"a": (2, 3, 4, 6)}, "shapes_teacher": {"b": (2, 3, 4, 4)}}
+    with pytest.raises(UsageError, match=r"review cannot compare \(B, 3, 4, 6\).*square maps"):
+        Objective.build([Term(loss="review", student="a", teacher="b")], classes=["k"], label_counts=[1], **shapes)  # type: ignore[arg-type]
 
 
 def test_hint_is_the_formula() -> None:

@@ -12,7 +12,7 @@ from limbeck.losses.contrast import Crd
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
-from limbeck.losses.maps import Ofd, Vid, attention_transfer, nst
+from limbeck.losses.maps import Ofd, Review, Vid, attention_transfer, nst
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
 from limbeck.losses.transformers import minilm, minilm_v2, patient, tinybert_attention, tinybert_scores
@@ -30,6 +30,7 @@ __all__ = [
     "Parameter",
     "PerClass",
     "Population",
+    "Review",
     "Schedulable",
     "Vid",
     "attention_transfer",

@@ -164,8 +164,9 @@ class LossEntry:
     sparse: the same loss on sparse teacher logits, an unbiased estimate of it at the temperature that they are of; None where such logits would
     bias it. fits: (student_shape, teacher_shape, parameters) of the features, batch first -> what to do where the loss cannot compare them, ""
     where it can; modules say so themselves. sequences: it takes features by token, (N, T, D), whole, and counts samples. layers: how the loss
-    was published for several pairs of layers, the mean or the sum of theirs; None where a term compares one pair. but_last: published without the
-    last pair. part: what of a layer it reads, where that is not its output (:data:`limbeck.types.QKV`). weight: the
+    was published for several pairs of layers, the mean or the sum of theirs, or ``together``: it is a module that is built from, and called with, a
+    list of the student's and a list of the teacher's, from the first stage to the last; None where a term compares one pair. but_last: published
+    without the last pair. part: what of a layer it reads, where that is not its output (:data:`limbeck.types.QKV`). weight: the
     authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on
     what it compares, and one on when that helps. source: where it was published. cost: the work of one step beside the models' own, in N items,
     C classes, D features.
@@ -191,7 +192,7 @@ class LossEntry:
     hard_labels: bool = False
     fits: Callable[[Shape, Shape, Mapping[str, Any]], str] | None = None
     sequences: bool = False
-    layers: Literal["mean", "sum"] | None = None
+    layers: Literal["mean", "sum", "together"] | None = None
     but_last: bool = False
     part: str = ""
 
@@ -233,10 +234,9 @@ class LossEntry:
         found = {**paths, **own}
         if self.layers is None:
             return found
+        more = "from the first stage to the last" if self.layers == "together" else f"pair by pair; the loss is then the {self.layers}"
         several = {
-            name: replace(
-                p, annotation=_Several, allowed=f"{p.allowed}, or a list of them, pair by pair; the loss is then the {self.layers}"
-            )
+            name: replace(p, annotation=_Several, allowed=f"{p.allowed}, or a list of them, {more}")
             for name, p in found.items()
             if p.layer is not None
         }

@@ -7,7 +7,7 @@ from limbeck.losses.contrast import Crd
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
-from limbeck.losses.maps import Ofd, Vid, attention_transfer, nst
+from limbeck.losses.maps import Ofd, Review, Vid, attention_transfer, nst
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
 from limbeck.losses.transformers import minilm, minilm_v2, of_first_tokens, of_projections, patient, tinybert_attention
@@ -422,6 +422,19 @@ _ROWS = (
         example={"student": "layer3", "teacher": "layer3", "hidden": 0},
         below_zero=True,
         layers="sum",
+    ),
+    LossEntry(
+        name="review",
+        function=Review,
+        reads=("student.features", "teacher.features"),
+        per_item=False,
+        zero_at=None,
+        shift_invariant=False,
+        summary="Match each stage, with what the deeper ones know. For CNNs, all stages and the embedding at once; learns much beside the student.",
+        source="Chen et al. 2021 (ReviewKD), arXiv:2104.09044",
+        cost="N H W (w D + 9 w D) a level, w channels between",
+        layers="together",
+        example={"student": ["layer1", "layer2", "layer3", "avgpool"], "teacher": ["layer1", "layer2", "layer3", "avgpool"]},
     ),
     LossEntry(
         name="ofd",

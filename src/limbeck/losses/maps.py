@@ -14,7 +14,7 @@ from limbeck.errors import Problem, UsageError
 from limbeck.losses._seam import Layer, Path, Shape, of_maps, raised, shaped
 from limbeck.losses._shared import unit
 
-__all__ = ["Ofd", "Vid", "attention_transfer", "hcl", "nst", "partial_l2", "pooled"]
+__all__ = ["Ofd", "Review", "Vid", "attention_transfer", "hcl", "nst", "partial_l2", "pooled"]
 
 
 def pooled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +78,7 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
     """``sum over sizes of w * mean (s - t)^2 / sum of w``: one level of ReviewKD, at full size (w = 1) and averaged to 4 x 4, 2 x 2 and 1 x 1.
 
     w halves from size to size; sizes that the map does not exceed are left out and halve nothing. student, teacher: (N, Ch, H, W) of one shape, what
-    ReviewKD's fusion gives for this level; the teacher gets no gradient. Returns (N,), 0 where they agree; the published loss is the sum over levels.
-    The fusion itself is not here, so this is a part, and no loss that a recipe can name.
+    ReviewKD's fusion gives for this level (:class:`Review`); the teacher gets no gradient. Returns (N,), 0 where they agree.
 
     Source: Chen et al. 2021, "Distilling Knowledge via Knowledge Review", arXiv:2104.09044, section 3 (hierarchical context loss), authors' code.
 
@@ -94,6 +93,90 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
             apart = F.adaptive_avg_pool2d(student, size) - F.adaptive_avg_pool2d(teacher, size)
             total, weights = total + weight * apart.square().flatten(1).mean(1), weights + weight
     return total / weights
+
+
+class Review(nn.Module):
+    """``sum over levels of hcl(review_i(s_i, s_i+1, ...), t_i)``: each level of the student, with what the deeper ones know, against the teacher's.
+
+    From the last level to the first: x_i is a 1x1 convolution of s_i to ``width`` channels. Where there is a deeper level, y is its x, brought to
+    the size of s_i, and x_i becomes a x_i + b y, with two maps a and b in (0, 1) that a 1x1 convolution of both finds. Brought to the size of t_i,
+    it goes through a 3x3 convolution, and that is compared with t_i (:func:`hcl`). All convolutions but that of a and b have batch normalisation,
+    so a value depends on its neighbours.
+
+    student_shape, teacher_shape: a list of shapes from the first stage to the last (or one shape), (B, Ch, H, W) of square maps, or (B, D), which
+    counts as a map of one place. width: 0 for the last level's channels, at most 512. Returns (N,). For CNNs, all stages and the pooled
+    embedding; the authors weigh it by 0.6 to 8, raised over the first 20 epochs. What was learned here is never exported.
+
+    Source: Chen et al. 2021, "Distilling Knowledge via Knowledge Review", arXiv:2104.09044, sections 3.2 to 3.4, in the form of the authors' code.
+
+    >>> _ = torch.manual_seed(0)
+    >>> shapes = [(2, 3, 4, 4), (2, 5)]
+    >>> review = Review(shapes, shapes, student="a", teacher="b")
+    >>> review([torch.ones(s) for s in shapes], [torch.ones(s) for s in shapes]).shape
+    torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        student_shape: Shape | list[Shape],
+        teacher_shape: Shape | list[Shape],
+        *,
+        student: Annotated[str, Path, Layer("student")],
+        teacher: Annotated[str, Path, Layer("teacher")],
+        width: Annotated[int, Field(ge=0, description="a whole number of channels, or 0 for the last level's")] = 0,
+    ) -> None:
+        super().__init__()
+        ours, theirs = ([shape] if isinstance(shape, tuple) else shape for shape in (student_shape, teacher_shape))
+        for shape in (*ours, *theirs):
+            if len(shape) != 2 and not (len(shape) == 4 and shape[2] == shape[3]):
+                hint = "Choose layers that give square maps (B, channels, size, size), or one vector (B, D) a sample."
+                raise UsageError(Problem("student", f"review cannot compare {shaped(shape)}.", hint))
+        width = width or min(512, ours[-1][1])
+        self._sizes = [_size(shape) for shape in theirs]
+        last = len(ours) - 1
+        self.first = nn.ModuleList(_normed(shape[1], width, 1) for shape in ours)
+        self.then = nn.ModuleList(_normed(width, shape[1], 3) for shape in theirs)
+        self.weigh = nn.ModuleList(nn.Conv2d(2 * width, 2, 1) for _ in range(last))
+
+    def forward(self, student: Tensor | list[Tensor], teacher: Tensor | list[Tensor]) -> Tensor:
+        """Features of all levels, (N, Ch, H, W) or (N, D), of which the teacher's get no gradient -> (N,)."""
+        ours, theirs = ([_as_map(raised(x)) for x in ([given] if isinstance(given, Tensor) else given)] for given in (student, teacher))
+        total, deeper = ours[0].new_zeros(len(ours[0])), None
+        for i in reversed(range(len(ours))):
+            x: Tensor = self.first[i](ours[i])
+            if deeper is not None:
+                y = F.interpolate(deeper, x.shape[2:], mode="nearest")
+                a, b = torch.sigmoid(self.weigh[i](torch.cat([x, y], 1))).chunk(2, 1)
+                x = a * x + b * y
+            if x.shape[3] != self._sizes[i]:
+                x = F.interpolate(x, (self._sizes[i],) * 2, mode="nearest")
+            deeper = x
+            total = total + hcl(self.then[i](x), theirs[i])
+        return total
+
+
+def _size(shape: Shape) -> int:
+    return shape[2] if len(shape) == 4 else 1
+
+
+def _as_map(x: Tensor) -> Tensor:
+    return x if x.ndim == 4 else x[:, :, None, None]
+
+
+def _normed(inputs: int, outputs: int, size: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    return nn.Sequential(convolution, _Norm(outputs))
+
+
+class _Norm(nn.BatchNorm2d):
+    """Batch normalisation; one place of one sample alone, which has no deviation, by what was seen before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        found: Tensor = super().forward(x)
+        return found
 
 
 class Vid(nn.Module):
