@@ -118,23 +118,20 @@ def _table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
 _HEAD = """# Recipes of papers
 
 A recipe PAIR/METHOD is one row of a table in a paper. One command trains the teacher (where its weights are not published with a library),
-the student and the student without the
-teacher, and ends with the figures beside each other:
+the student and the student without the teacher, and ends with the figures beside each other:
 
 ```sh
 limbeck distill cifar100-resnet32x4-resnet8x4/dkd --data npz:cifar100.npz --seeds 3
 ```
 
 `limbeck recipes PAIR/METHOD` prints it as a file, `limbeck recipes --published` lists them. With a teacher that is trained already:
-`--teacher run:DIR`, and `--set teacher.train=null`.
-Every step asks the teacher for a view of its own, as in the papers; `--set teacher_cache.views=16` pays for 16 views once
-([teacher-cache.md](teacher-cache.md)).
-Nothing on this page was measured with Limbeck: no machine with the data and a GPU was at hand. What the tests hold is that every method and
-every model trains on data of the right shape.
+`--teacher run:DIR`, and `--set teacher.train=null`. Every step asks the teacher for a view of its own, as in the papers; `--set
+teacher_cache.views=16` pays for 16 views once ([teacher-cache.md](teacher-cache.md)). Nothing on this page was measured with Limbeck: no
+machine with the data and a GPU was at hand. What the tests hold is that every method and every model trains on data of the right shape.
 
 **What cannot be the same.** The papers report the best or the last epoch on the test split. Here some training rows are kept for validation
-(2 %, of ImageNet 1 %), the last epoch is
-reported, and test rows are seen once. Their ImageNet figures are of the validation split, which is `test/` or `val/` here.
+(2 %, of ImageNet 1 %), the last epoch is reported, and test rows are seen once. Their ImageNet figures are of the validation split, which
+is `test/` or `val/` here.
 
 **The data.** CIFAR-100 as an `npz`: `train_x, train_y, test_x, test_y`.
 
@@ -157,6 +154,6 @@ for part, name in (("train", "train"), ("validation", "dev")):
 ```
 
 **The models** `cifar:NAME` are the papers' networks for 32 x 32 images, with the shapes and parameter names of RepDistiller, so that its
-checkpoints load: `limbeck convert ckpt_epoch_240.pth
-teacher.safetensors --key model`, then `--teacher cifar:resnet32x4 --set teacher.weights=teacher.safetensors --set teacher.train=null`.
+checkpoints load: `limbeck convert ckpt_epoch_240.pth teacher.safetensors --key model`, then `--teacher cifar:resnet32x4 --set
+teacher.weights=teacher.safetensors --set teacher.train=null`.
 """
