@@ -43,7 +43,7 @@ def test_a_loss_is_a_function_a_row_and_its_numbers(tmp_path: Path) -> None:
     assert text.count("_ROWS = (\n") == 1
     at = text.index("from limbeck.losses.logits")
     text = text[:at] + imported + text[at:]
-    table.write_text(text.replace("_ROWS = (\n", "_ROWS = (\n" + textwrap.indent(row, "    ")))
+    table.write_text(text.replace("_ROWS = (\n", "_ROWS = (\n" + textwrap.indent(row.rstrip() + ",\n", "    ")))
     (tmp_path / "add_case.py").write_text(numbers)
     call(tmp_path, "add_case.py")
     tests = tmp_path / "tests" / "reference" / "test_losses.py"
