@@ -122,8 +122,7 @@ def rows_beside_teacher(found: Labelled, file: Path) -> Iterator[tuple[Signal, S
     answers_, parts = begun.answers, begun.parts
     assert answers_ is not None
     job = _begin.job_of(recipe, base, Path())
-    assert job.build_teacher is not None
-    model: Model = begun.model or job.build_teacher(False)
+    model: Model = begun.model or job.teachers[0].build(False)
     if begun.model is None:
         assert begun.known is not None
         model.preprocessing = _with_tokenizer(begun.known.preprocessing, model)

@@ -49,6 +49,9 @@ OPTIMIZER = ("unit/test_optimizer.py",)
 RESUME = ("unit/test_loop.py::test_a_stop_at_every_step_ends_in_the_same_bytes",)
 KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log",)
 TEACHER = ("unit/test_teacher.py",)
+ENSEMBLE = ("unit/test_ensemble.py",)
+OF_TEACHERS = ("e2e/test_ensemble.py::test_the_teacher_of_the_report_is_what_they_say_together",)
+FORGETS = ("e2e/test_ensemble.py::test_a_member_goes_on_as_it_began",)
 BASELINE = ("unit/test_baseline.py",)
 VIEWS = ("unit/test_data_views.py",)
 BATCHES = ("unit/test_data_batches.py",)
@@ -180,7 +183,11 @@ MUTANTS = (
         ("unit/test_layers.py",),
     ),
     Mutant(
-        "a-resume-pairs-anew", "_folder.py", '"teacher": teacher, "objective": objective}', '"teacher": teacher}', ("e2e/test_losses.py",)
+        "a-resume-pairs-anew",
+        "_folder.py",
+        'update={"train": train, "objective": objective}',
+        'update={"train": train}',
+        ("e2e/test_losses.py",),
     ),
     Mutant(
         "nkd-at-one-temperature",
@@ -433,10 +440,21 @@ MUTANTS = (
     Mutant(
         "teacher-gets-the-students-preparation",
         "data/batches.py",
-        'teacher = student if self._shared else prepare("teacher", self._teacher)',
-        "teacher = student",
+        'number: student if self._shared(wanted) else prepare(f"teacher {number}", wanted)',
+        "number: student",
         BATCHES,
     ),
+    # --- several teachers
+    Mutant("probabilities-averaged-at-one", "ensemble.py", "(each / self.temperature).log_softmax(-1)", "each.log_softmax(-1)", ENSEMBLE),
+    Mutant("averaged-probabilities-not-softened-back", "ensemble.py", ".logsumexp(0) * self.temperature", ".logsumexp(0)", ENSEMBLE),
+    Mutant(
+        "weights-of-teachers-left-out", "ensemble.py", "(spread + shares[..., None].log())", "(spread + 0 * shares[..., None])", ENSEMBLE
+    ),
+    Mutant("the-unsure-teacher-counts-more", "ensemble.py", "(-entropy).softmax(0)", "entropy.softmax(0)", ENSEMBLE),
+    Mutant("confidence-by-the-logit", "ensemble.py", "spread.amax(-1).softmax(0)", "logits.amax(-1).softmax(0)", ENSEMBLE),
+    Mutant("all-teachers-see-the-first-ones-inputs", "types.py", 'own = member_input(number, "")', 'own = member_input(0, "")', ENSEMBLE),
+    Mutant("a-resumed-member-forgets-its-cache", "_begin.py", 'job.role.replace("teacher", "teacher_cache")', '"teacher_cache"', FORGETS),
+    Mutant("evaluated-at-the-temperature", "ensemble.py", "return replace(self, temperature=1.0)", "return self", OF_TEACHERS),
     Mutant(
         "padding-attended",
         "data/text.py",

@@ -218,8 +218,7 @@ def _shown(progress: Progress, purpose: str, rows: int, ranks: Ranks) -> Iterato
 
 def engine_of_teacher(recipe: Recipe, model: Model, batch: Batch, device: torch.device) -> tuple[Engine, dict[str, Any]]:
     """How the teacher runs, and why: as its own settings say, else as the student's do where they are explicit, else measured."""
-    assert recipe.teacher is not None
-    asked, train = recipe.teacher, recipe.train
+    [asked], train = recipe.teachers, recipe.train
     follows = asked.precision == "auto" and train.precision != "auto"
     layout = asked.layout or (train.layout if follows else None)
     return teacher_choice(model, batch, device, asked.precision, layout, train.precision)

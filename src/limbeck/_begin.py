@@ -33,41 +33,75 @@ from limbeck.models import Model, build_model, class_map, pair_layers, sources, 
 from limbeck.objective import Objective, StagedObjective, needs_of, with_pairs
 from limbeck.placement import Seat, check_seat, seat_of
 from limbeck.ranks import ALONE, Ranks
-from limbeck.recipe import Recipe
+from limbeck.recipe import Ensemble, Recipe, TeacherSpec
 from limbeck.run import (
     check_trackers,
     read_json,
 )
 
-__all__ = ["Begun", "Job", "agree", "begin", "has_batch_statistics", "job_of", "keep", "parameters_of", "summary", "teacher_of"]
+__all__ = [
+    "Begun",
+    "Job",
+    "TeacherSource",
+    "agree",
+    "begin",
+    "has_batch_statistics",
+    "job_of",
+    "keep",
+    "of_member",
+    "parameters_of",
+    "summary",
+    "teacher_of",
+]
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a teacher comes from. build: whether it gets a new head (it is going to be trained) -> the teacher. sources: what it is made from, where
+    that can be told without loading it."""
+
+    build: Callable[[bool], Model]
+    sources: Callable[[], Sources | None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Job:
     """Everything that a run needs, however it was asked for: by recipe, by options, or from Python.
 
-    build_student: seed -> the student with its initial weights. build_teacher: whether it gets a new head (it is going to be trained) -> teacher.
-    sources: what the teacher is made from, where that can be told without loading it. verify_cache: how many cached answers are compared with the
-    teacher; None: some, where the teacher is loaded anyway; but not those of directories that were ``compared``, or filled, before. uses: how many
-    students learn from its answers, this one included, where that is more than ``seeds``. lender: a finished run of the same student, data and
-    training, whose baselines (by seed), and what it chose for the student by measuring, are this run's too.
-    ranks: the processes that share the work, all of which hold the same job. plan: it is only planned, by a single process.
+    build_student: seed -> the student with its initial weights. teachers: of the recipe, in their order.
+    verify_cache: how many cached answers are compared with the teacher; None: some, where the teacher is loaded anyway; but not those of directories
+    that were ``compared``, or filled, before. uses: how many students learn from its answers, this one included, where that is more than ``seeds``.
+    lender: a finished run of the same student, data and training, whose baselines (by seed), and what it chose for the student by measuring, are this
+    run's too.
+    ranks: the processes that share the work, all of which hold the same job. plan: it is only planned, by a single process. number: which of several
+    teachers this is the job of (:func:`of_member`).
     """
 
     recipe: Recipe
     data: Data
     build_student: Callable[[int], Model]
-    build_teacher: Callable[[bool], Model] | None
+    teachers: tuple[TeacherSource, ...]
     out: Path
     resume: bool = False
     seeds: int = 1
-    sources: Callable[[], Sources | None] = lambda: None
     verify_cache: int | None = None
     compared: set[Path] = field(default_factory=set)
     uses: int = 0
     lender: Path | None = None
     ranks: Ranks = ALONE
     plan: bool = False
+    number: int | None = None
+
+    @property
+    def role(self) -> str:
+        """Under which name the teacher of this job is kept: ``teacher``, or ``teacher-0`` ... of several."""
+        return "teacher" if self.number is None else f"teacher-{self.number}"
+
+
+def of_member(job: Job, number: int) -> Job:
+    """The job of one of several teachers, as if it were the only one."""
+    alone = job.recipe.model_copy(update={"teacher": job.recipe.teachers[number], "ensemble": Ensemble()})
+    return replace(job, recipe=alone, teachers=(job.teachers[number],), number=number)
 
 
 def job_of(
@@ -84,21 +118,22 @@ def job_of(
 ) -> Job:
     """The job of a recipe with absolute paths; its data is read here, unless it is given."""
     data = data or load_data(recipe.data, recipe.task, base)
-    spec = recipe.teacher
     length = recipe.data.max_length
+
+    def source(spec: TeacherSpec) -> TeacherSource:
+        return TeacherSource(
+            lambda head: build_model(spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=head, max_length=length),
+            lambda: sources(spec, data=data, base=base, max_length=length),
+        )
+
     return Job(
         recipe=recipe,
         data=data,
         build_student=lambda seed: build_model(recipe.student, role="student", data=data, seed=seed, base=base, max_length=length),
-        build_teacher=None
-        if spec is None
-        else lambda new_head: build_model(
-            spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=new_head, max_length=length
-        ),
+        teachers=tuple(map(source, recipe.teachers)),
         out=out,
         resume=resume,
         seeds=seeds,
-        sources=lambda: None if spec is None else sources(spec, data=data, base=base, max_length=length),
         verify_cache=verify_cache,
         uses=uses,
         lender=lender,
@@ -111,7 +146,8 @@ class Begun:
     table: where it is a file of logits; columns: its output for each class of the data; answers: its cache, None where it is asked in every step;
     found: whose cache that is; cached: whether answers are kept, and why; whole: they are only read where every one is there; there: its
     directories where some answers are, and are not read; seat: where the teacher is asked, None where there is none to ask; pairs: the layers
-    (student's, teacher's) that ``layers: auto`` stands for."""
+    (student's, teacher's) that ``layers: auto`` stands for. members: of several teachers, each as if it were the only one; the fields that are of
+    one teacher are then empty, and ``known`` is what is known of all of them."""
 
     device: torch.device
     student: Model
@@ -131,6 +167,20 @@ class Begun:
     there: dict[str, Path] = field(default_factory=dict)
     seat: Seat | None = None
     pairs: tuple[tuple[str, str], ...] = ()
+    members: tuple[Begun, ...] = ()
+
+    @property
+    def taught(self) -> tuple[Begun, ...]:
+        """One for each teacher."""
+        return self.members or (() if self.known is None else (self,))
+
+    def prepare(self) -> None:
+        """Have the inputs made of those of several teachers that are asked in the loop."""
+        if self.members:
+            live = [one.model is not None and one.answers is None for one in self.members]
+            self.parts.teacher = tuple(
+                one.model.preprocessing if asked and one.model is not None else None for one, asked in zip(self.members, live, strict=True)
+            )
 
     @property
     def teacher_device(self) -> torch.device:
@@ -147,7 +197,11 @@ def begin(job: Job, *, label: bool = False) -> Begun:
 
     label: the teacher's answers are to be kept, whatever they are for.
     """
+    if len(job.recipe.teachers) > 1:
+        return _several(job, label)
     recipe, data = job.recipe, job.data
+    spec = recipe.teachers[0] if recipe.teachers else None
+    source = job.teachers[0] if job.teachers else None
     if job.ranks.local_size > 1 and recipe.train.device.startswith("cuda:"):
         text = f"got {recipe.train.device}, on which all {job.ranks.local_size} processes of this machine would work."
         raise UsageError(Problem("train.device", text, "Leave it out, or write cuda: each process takes a device of its own."))
@@ -157,8 +211,8 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     student = job.build_student(recipe.seed)
     pairs: tuple[tuple[str, str], ...] = ()
     early: tuple[Model, np.ndarray[Any, Any] | None, bool] | None = None
-    if AUTO in needs_of(recipe.terms)[1].features and job.build_teacher is not None:  # whose answers depend on the layers
-        early = teacher_of(job, job.build_teacher)
+    if AUTO in needs_of(recipe.terms)[1].features and source is not None:  # whose answers depend on the layers
+        early = teacher_of(job)
         pairs = tuple(pair_layers(student, early[0]))
         recipe = _settled(recipe, pairs)
         job = replace(job, recipe=recipe)
@@ -170,13 +224,13 @@ def begin(job: Job, *, label: bool = False) -> Begun:
             f"layers: auto compares layers of student and teacher: {named}. To choose others, give lists as student and teacher."
         )
     told: Sources | None = None
-    if recipe.teacher is not None and recipe.teacher.model.startswith("logits:"):
+    if spec is not None and spec.model.startswith("logits:"):
         begun.table = _table(recipe, data, parts, device)
         begun.columns = begun.table.columns
         begun.known = Known(
-            recipe.teacher.model, student.preprocessing, None, None, begun.table.num_classes, begun.table.sha256, None, begun.table.notes
+            spec.model, student.preprocessing, None, None, begun.table.num_classes, begun.table.sha256, None, begun.table.notes
         )
-    elif job.build_teacher is not None and recipe.teacher is not None:
+    elif source is not None and spec is not None:
         begun.seat = seat_of(recipe, device, job.ranks, plan=job.plan)
         check_seat(recipe, begun.seat)
         wanted, reason = (True, "asked for by limbeck label") if label else wants_cache(recipe, parts, max(job.seeds, job.uses))
@@ -193,9 +247,9 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         # every rank does alike, whatever lies on its own machine
         if answers is not None and (wanted or not job.ranks.any(not answers.begun())):
             begun.answers = answers
-        training = recipe.teacher.train
+        training = spec.train
         if begun.answers is not None and (training is None or training.if_needed):
-            told = job.sources()
+            told = source.sources()
             if told is not None and job.verify_cache is None:
                 with _read_whole(begun):
                     begun.known = recalled(begun.answers, told, data)
@@ -210,7 +264,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         if begun.known is not None:
             begun.columns = class_map(begun.known, data)
         else:
-            begun.model, begun.columns, begun.to_train = early or teacher_of(job, job.build_teacher)
+            begun.model, begun.columns, begun.to_train = early or teacher_of(job)
             begun.known = known_of(begun.model)
         parts.teacher = begun.known.preprocessing
     _check_models(recipe, student, begun.model, to_train=begun.to_train)
@@ -243,6 +297,46 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     return begun
 
 
+def _several(job: Job, label: bool) -> Begun:
+    """:func:`begin` of each of several teachers, for the same student, and what they are together."""
+    student = job.build_student(job.recipe.seed)
+    alike = replace(job, build_student=lambda seed: student)
+    members: list[Begun] = []
+    problems: list[Problem] = []
+    for number in range(len(job.teachers)):
+        try:
+            members.append(begin(of_member(alike, number), label=label))
+        except UsageError as error:
+            own = [replace(p, where=_within(p.where, number)) for p in error.problems]
+            if job.ranks.size > 1:  # its ranks take common steps, which one that went on after a mistake of its own would miss
+                raise UsageError(own) from error
+            problems += [problem for problem in own if problem not in problems]
+    if problems:
+        raise UsageError(problems)
+    first, known = members[0], [one.known for one in members if one.known is not None]
+    counts = [one.parameters for one in known]
+    together = Known(
+        " + ".join(one.model for one in known),
+        first.student.preprocessing,
+        job.data.classes,
+        None,
+        len(job.data.classes),
+        " ".join(one.weights_sha256 for one in known),
+        None if any(count is None for count in counts) else sum(count for count in counts if count is not None),
+    )
+    parts = Parts(job.recipe, job.data, student.preprocessing, None, batch_statistics=first.parts.batch_statistics, ranks=job.ranks)
+    notes = dict.fromkeys(note for one in members for note in one.notes)
+    facts = {**first.facts, "teacher": [one.facts["teacher"] for one in members]}
+    begun = Begun(first.device, student, parts, first.objective, list(notes), facts, known=together, members=tuple(members))
+    begun.prepare()
+    return begun
+
+
+def _within(where: str, number: int) -> str:
+    """Where a problem of one of several teachers stands in the recipe."""
+    return f"teacher.{number}{where.removeprefix('teacher')}" if where == "teacher" or where.startswith("teacher.") else where
+
+
 def _settled(recipe: Recipe, pairs: Sequence[tuple[str, str]]) -> Recipe:
     """The recipe, in whose stages too ``layers: auto`` is these pairs."""
     stages = recipe.train.stages
@@ -263,7 +357,11 @@ def agree(job: Job, begun: Begun) -> None:
     for section, places in (("data", ("source", "test", "valid", "unlabelled")), ("teacher_cache", ("path",))):
         for name in places:  # what is there is compared by its content
             recipe[section].pop(name)
-    asked = {"whether the teacher is loaded": begun.model is not None, "whether its answers are kept": begun.answers is not None}
+    taught = begun.taught
+    asked = {
+        "whether the teacher is loaded": [one.model is not None for one in taught],
+        "whether its answers are kept": [one.answers is not None for one in taught],
+    }
     # under names that no section of the recipe has
     facts = {f"the {name}": value for name, value in begun.facts.items()}
     job.ranks.agree({**facts, **recipe, **asked})
@@ -289,7 +387,8 @@ def _kept_before(job: Job) -> bool | None:
     file = job.out / "environment.json"
     if not job.resume or not file.is_file():
         return None
-    kept = read_json(file).get("choices", {}).get("teacher_cache", {}).get("kept")
+    record = read_json(file).get("choices", {}).get(job.role.replace("teacher", "teacher_cache"), {})
+    kept = record.get("kept")
     return None if kept is None else bool(kept)
 
 
@@ -313,11 +412,11 @@ def _live(begun: Begun, against: str) -> None:
 
 def _table(recipe: Recipe, data: Data, parts: Parts, device: torch.device) -> TableTeacher:
     """A teacher that is a file of logits; they are of the samples as they are, so views of them would teach something else."""
-    assert recipe.teacher is not None
+    [spec] = recipe.teachers
     if parts.augment is not None:
         text = "makes other versions of the samples than those that the teacher's logits are of."
         raise UsageError(Problem("data.augment", text, "Set data.augment: none, or name a teacher that can be asked."))
-    table = TableTeacher(Path(recipe.teacher.model.removeprefix("logits:")), data, device)
+    table = TableTeacher(Path(spec.model.removeprefix("logits:")), data, device)
     try:
         table.choose(class_map(table, data))
     except UsageError as e:
@@ -369,10 +468,10 @@ def _keep(begun: Begun, told: Sources | None) -> None:
     begun.parts.teacher = model.preprocessing
 
 
-def teacher_of(job: Job, build: Callable[[bool], Model]) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
-    """The teacher, its output for each class of the data, and whether it has to be trained first."""
-    spec = job.recipe.teacher
-    training = spec.train if spec is not None else None
+def teacher_of(job: Job) -> tuple[Model, np.ndarray[Any, Any] | None, bool]:
+    """The teacher of a job that has one, its output for each class of the data, and whether it has to be trained first."""
+    [spec], build = job.recipe.teachers, job.teachers[0].build
+    training = spec.train
     if training is None or training.if_needed:
         try:
             teacher = build(False)

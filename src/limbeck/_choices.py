@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,30 +22,34 @@ Choice = tuple[Engine, dict[str, Any]]
 
 
 def resolved(
-    recipe: Recipe, engines: dict[str, Engine], workers: int, accumulate: int, *, placement: str = "same", several: bool = False
+    recipe: Recipe,
+    student: Engine,
+    teachers: Sequence[Engine | None],
+    workers: int,
+    accumulate: int,
+    *,
+    placement: str = "same",
+    several: bool = False,
 ) -> Recipe:
     """The recipe with every ``auto`` replaced by what was chosen, so that running it again repeats the run.
 
-    several: on several ranks, each of which has a device of its own. There, and where no number was asked for, the device's kind is recorded and not
-    its number, so that the recipe can be repeated by one process and by several."""
-    student = engines["student"]
+    teachers: how each runs; None for one that is a file. several: on several ranks, each of which has a device of its own. There, and where no number
+    was asked for, the device's kind is recorded and not its number, so that the recipe can be repeated by one process and by several."""
     device = student.device.type if several or recipe.train.device in ("auto", student.device.type) else str(student.device)
     chosen = {"precision": student.precision, "layout": student.layout, "workers": workers, "device": device, "accumulate": accumulate}
     train = recipe.train.model_copy(update=chosen)
-    teacher = recipe.teacher
-    if teacher is not None and "teacher" in engines:
-        teacher = teacher.model_copy(update={"precision": engines["teacher"].precision, "layout": engines["teacher"].layout})
-        if teacher.placement == "auto":
-            teacher = teacher.model_copy(update={"placement": placement})
-    return recipe.model_copy(update={"train": train, "teacher": teacher})
+    asked = []
+    for spec, engine in zip(recipe.teachers, teachers, strict=True):
+        if engine is not None:
+            where = placement if spec.placement == "auto" else spec.placement
+            spec = spec.model_copy(update={"precision": engine.precision, "layout": engine.layout, "placement": where})
+        asked.append(spec)
+    return recipe.with_teachers(asked).model_copy(update={"train": train})
 
 
-def explicit(recipe: Recipe, device: torch.device) -> dict[str, Engine]:
-    """The engines of a resolved recipe."""
-    engines = {"student": Engine(device, recipe.train.precision, recipe.train.layout or "channels_first")}
-    if recipe.teacher is not None and recipe.teacher.precision != "auto":
-        engines["teacher"] = Engine(device, recipe.teacher.precision, recipe.teacher.layout or "channels_first")
-    return engines
+def explicit(recipe: Recipe, device: torch.device) -> Engine:
+    """How the student of a resolved recipe trains."""
+    return Engine(device, recipe.train.precision, recipe.train.layout or "channels_first")
 
 
 def teacher_choice(model: Model, batch: Batch, device: torch.device, precision: str, layout: str | None, student_precision: str) -> Choice:

@@ -212,15 +212,18 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
             **({"accumulate": recorded.train.accumulate} if recipe.train.accumulate == "auto" else {}),
         }
     )
-    teacher = recipe.teacher
-    if teacher is not None and recorded.teacher is not None:
-        teacher = teacher.model_copy(
-            update={
-                **({"precision": recorded.teacher.precision} if teacher.precision == "auto" else {}),
-                **({"layout": recorded.teacher.layout} if teacher.layout is None else {}),
-                **({"placement": recorded.teacher.placement} if teacher.placement == "auto" else {}),
-            }
-        )
+    teachers = recipe.teachers
+    if len(teachers) == len(recorded.teachers):
+        teachers = [
+            teacher.model_copy(
+                update={
+                    **({"precision": before.precision} if teacher.precision == "auto" else {}),
+                    **({"layout": before.layout} if teacher.layout is None else {}),
+                    **({"placement": before.placement} if teacher.placement == "auto" else {}),
+                }
+            )
+            for teacher, before in zip(teachers, recorded.teachers, strict=True)
+        ]
     if train.stages is not None and recorded.train.stages is not None and len(train.stages) == len(recorded.train.stages):
         stages = [
             ours.model_copy(update={"objective": _pairs_from(ours.objective, theirs.objective)})
@@ -228,7 +231,7 @@ def _measured_from(recipe: Recipe, recorded: Recipe) -> Recipe:
         ]
         train = train.model_copy(update={"stages": stages})
     objective = _pairs_from(recipe.objective, recorded.objective)
-    return recipe.model_copy(update={"train": train, "teacher": teacher, "objective": objective})
+    return recipe.with_teachers(teachers).model_copy(update={"train": train, "objective": objective})
 
 
 def _pairs_from(terms: list[Term] | None, recorded: list[Term] | None) -> list[Term] | None:

@@ -15,6 +15,7 @@ from limbeck.data import (
     Data,
     Plan,
     Request,
+    Several,
     Split,
     StagedBuilder,
     StagedPlan,
@@ -53,7 +54,7 @@ class Parts:
         recipe: Recipe,
         data: Data,
         student: Preprocessing,
-        teacher: Preprocessing | None,
+        teacher: Preprocessing | Several | None,
         *,
         batch_statistics: bool = False,
         ranks: Ranks = ALONE,
@@ -184,6 +185,7 @@ class Parts:
 
     def teacher_feed(self, beside: Feed) -> Feed:
         """What a teacher reads on ranks of its own: the rows of the students' feed, in its own preparation alone."""
+        assert not isinstance(self.teacher, tuple)
         return replace(beside, builder=self.builder(self.data.train, training=True, student=self.teacher))
 
     def baseline_feed(self, recipe: Recipe, *, workers: int = 0, pin_memory: bool = False) -> Feed:

@@ -627,9 +627,9 @@ def _student_choice(
 def _train_teacher(begun: Beginning, data: Data, recipe: Recipe, progress: Progress) -> tuple[_Training, float]:
     """One step of the teacher's own training, and the seconds of all of it."""
     assert begun.model is not None
-    assert recipe.teacher is not None
-    assert recipe.teacher.train is not None
-    given = recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
+    [spec] = recipe.teachers
+    assert spec.train is not None
+    given = spec.train.model_dump(exclude_none=True, exclude={"if_needed"})
     given["gradient_checkpointing"] = recipe.train.gradient_checkpointing is True
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={**given, "stages": None})})
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in begun.model.module.modules())

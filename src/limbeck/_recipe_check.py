@@ -123,7 +123,13 @@ def _sentence(error: Mapping[str, Any], data: Given, root: Schema) -> Problem | 
         options = branches(schema, root)
         if len(options) > 1:  # pydantic names the alternative that it tried: not a key, and of use only where a mapping was given
             objects = [o for o in options if o.get("type") == "object"]
+            lists = [o for o in options if o.get("type") == "array" and resolve(o.get("items", {}), root).get("type") == "object"]
             tag = location.pop(0)
+            if isinstance(value, list) and lists:
+                if not str(tag).startswith("list["):
+                    return None
+                schema = lists[0]
+                continue
             if not isinstance(value, Mapping) or not objects:
                 return _unfit(keys, value, schema, root)
             if tag not in [o.get("title") for o in objects]:
@@ -170,7 +176,7 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons |= dict.fromkeys(("train.momentum", "train.nesterov"), f"is for the optimizer sgd, and train.optimizer is {optimizer}.")
     if optimizer == "sgd":
         reasons["train.betas"] = "is for the optimizers adam and adamw, and train.optimizer is sgd."
-    if "step" not in (value("train.schedule"), value("teacher.train.schedule")):
+    if "step" not in (value("train.schedule"), *_of_teachers(data, "train.schedule")):
         reasons |= dict.fromkeys(
             ("train.milestones", "train.decay"), f"is for the schedule step, and train.schedule is {value('train.schedule')}."
         )
@@ -180,7 +186,8 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         if kind in paths.IMAGE_SOURCES:
             reasons["data.label"] = f"names a column, and {kind} has none."
     if task == "text-classification":
-        reasons |= dict.fromkeys(("train.layout", "teacher.layout"), f"is for images, and the task is {task}.")
+        layouts = ("train.layout", *(f"{where}.layout" for where, _ in paths.teachers_of(data)))
+        reasons |= dict.fromkeys(layouts, f"is for images, and the task is {task}.")
     if kind == "digits":
         files = ("data.test", "data.valid", "data.unlabelled")
         reasons |= dict.fromkeys(files, "has no effect on the embedded digits, which take no further files.")
@@ -191,14 +198,25 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
     reasons |= _cache_reasons(value) | stage_reasons(data)
     if not any(isinstance(term, Mapping) and term.get("weight") == "auto" for terms in _objectives_of(data) for term in terms):
         reasons["train.balance_every"] = "has no effect where no term has weight: auto."
-    model = value("teacher.model")
-    if isinstance(model, str) and model.startswith("logits:"):
-        names = ("teacher.weights", "teacher.train", "teacher.precision", "teacher.layout", "teacher_cache")
+    tables = [where for where, _ in paths.teachers_of(data) if str(look(data, f"{where}.model")).startswith("logits:")]
+    for where in tables:
+        names = [f"{where}.{name}" for name in ("weights", "train", "precision", "layout")]
         reasons |= dict.fromkeys(names, "has no effect where the teacher is a file of logits.")
+    if tables and len(tables) == len(paths.teachers_of(data)):
+        reasons["teacher_cache"] = "has no effect where the teacher is a file of logits."
+    if len(paths.teachers_of(data)) < 2:
+        reasons["ensemble"] = "is for several teachers (teacher: [A, B])."
+    elif value("ensemble.average") == "logits":
+        reasons["ensemble.temperature"] = "has no effect where ensemble.average is logits, which are averaged as they are."
     if command == "train":
         reasons["teacher_cache"] = "has no effect without a teacher."
         reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."
     return reasons
+
+
+def _of_teachers(data: Given, key: str) -> list[Any]:
+    """What a person wrote under a key of each teacher."""
+    return [look(data, f"{where}.{key}") for where, _ in paths.teachers_of(data)]
 
 
 def _objectives_of(data: Given) -> list[list[Any]]:
@@ -222,12 +240,12 @@ def stage_reasons(data: Given) -> dict[str, str]:
     stages = _stages_of(data)
     if not stages:
         return {}
-    training = look(data, "teacher.train")
-    trains = training not in (MISSING, None)
+    trained = [training for training in _of_teachers(data, "train") if training not in (MISSING, None)]
+    trains = bool(trained)
     reasons = {}
     if all(given(s, "objective") for s in stages) and not trains:
         reasons["objective"] = "has no effect where every stage of train.stages has an objective of its own."
-    if all(given(s, "lr") for s in stages) and not (trains and not given(training, "lr")):
+    if all(given(s, "lr") for s in stages) and not any(not given(training, "lr") for training in trained):
         reasons["train.lr"] = "has no effect where every stage of train.stages has an lr of its own."
     return reasons
 
@@ -243,7 +261,7 @@ def recipe_problems(data: Given, value: Any, command: str) -> Iterable[Problem]:
     for path, reason in not_applying(data, value, command).items():
         if given(data, path) and path != "objective":  # which is filled in where it was left out; see reading.py
             yield Problem(path, reason, "Leave it out.")
-    yield from _roles(data, command)
+    yield from _roles(data, value, command)
     yield from _data(data, value)
     yield from _training(data, value)
     yield from _stages(data, value)
@@ -253,18 +271,36 @@ def recipe_problems(data: Given, value: Any, command: str) -> Iterable[Problem]:
             yield Problem(name, f"names something twice: {shown(items)}.")
 
 
-def _roles(data: Given, command: str) -> Iterable[Problem]:
+def _roles(data: Given, value: Any, command: str) -> Iterable[Problem]:
     teacher = look(data, "teacher")
-    if isinstance(teacher, list):
-        yield Problem("teacher", "got a list, expected one teacher: ensembles of teachers are not built yet.")
-    elif command == "train" and teacher not in (MISSING, None):
+    if command == "train" and teacher not in (MISSING, None):
         yield Problem("teacher", "has no effect in `limbeck train`, which trains the student alone.", "Use `limbeck distill`.")
     elif command == "distill" and teacher in (MISSING, None):
         yield Problem("teacher", "is missing: name the model to learn from (--teacher).", "To train without one, use `limbeck train`.")
     if command == "train" and look(data, "baseline") is True:
         yield Problem("baseline", "has no effect in `limbeck train`: a training has no baseline beside it.", "Leave it out.")
-    for role in ("teacher", "student"):
-        yield from paths.check_model(look(data, f"{role}.model"), f"{role}.model", role)
+    for where, _ in paths.teachers_of(data):
+        yield from paths.check_model(look(data, f"{where}.model"), f"{where}.model", "teacher")
+    yield from paths.check_model(look(data, "student.model"), "student.model", "student")
+    yield from _several(data, value)
+
+
+def _several(data: Given, value: Any) -> Iterable[Problem]:
+    """What several teachers cannot do, or say together."""
+    teachers = paths.teachers_of(data)
+    if len(teachers) < 2:
+        return
+    for where, _ in teachers:
+        if look(data, f"{where}.placement") not in (MISSING, None, "same"):
+            yield Problem(f"{where}.placement", "is for one teacher; several sit beside the student.", "Leave it out.")
+    if value("teacher_cache.codec") == "sparse":
+        yield Problem("teacher_cache.codec", "is sparse, which is for one teacher: several are averaged over all classes.", "Use float16.")
+    weights = value("ensemble.weights")
+    if isinstance(weights, list) and all(_number(w) for w in weights):
+        if len(weights) != len(teachers):
+            yield Problem("ensemble.weights", f"has {len(weights)} numbers, and there are {len(teachers)} teachers.")
+        elif not any(weights):
+            yield Problem("ensemble.weights", "is 0 for every teacher; give one of them a number above 0.")
 
 
 def _data(data: Given, value: Any) -> Iterable[Problem]:
@@ -299,7 +335,7 @@ def _data(data: Given, value: Any) -> Iterable[Problem]:
 def _training(data: Given, value: Any) -> Iterable[Problem]:
     if value("train.optimizer") == "sgd" and value("train.momentum") == 0 and look(data, "train.nesterov") is True:
         yield Problem("train.nesterov", "needs a momentum, and train.momentum is 0.")
-    yield from _milestones(value)
+    yield from _milestones(data, value)
     accumulate, batch = value("train.accumulate"), value("train.batch_size")
     if look(data, "train.batch_size") == "auto" and look(data, "train.accumulate") not in (MISSING, None, "auto"):
         text = "is auto, which looks for the number of microbatches that train.accumulate gives already."
@@ -314,7 +350,8 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
         yield Problem("train.accumulate", "auto is for the devices cpu and cuda, and train.device is mps.", "Give a number.")
     if not isinstance(device, str):
         return
-    for key, name in (("train.precision", precision), ("teacher.precision", value("teacher.precision"))):
+    own = [(f"{where}.precision", look(data, f"{where}.precision")) for where, _ in paths.teachers_of(data)]
+    for key, name in (("train.precision", precision), *own):
         if name == "float64" and device == "mps":
             yield Problem(key, "float64 is not available on the device mps.")
         if name == "fp16" and device.startswith(("cpu", "mps")):
@@ -324,10 +361,10 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
     yield from _device("train.device", device, "Use auto.")
 
 
-def _milestones(value: Any) -> Iterable[Problem]:
+def _milestones(data: Given, value: Any) -> Iterable[Problem]:
     given = value("train.milestones")
     if given in (MISSING, None):
-        if "step" in (value("train.schedule"), value("teacher.train.schedule")):
+        if "step" in (value("train.schedule"), *_of_teachers(data, "train.schedule")):
             yield Problem("train.milestones", "is missing: the schedule step needs to know when.", "Example: milestones: [0.5, 0.75].")
     elif isinstance(given, list) and all(_number(part) for part in given) and any(b <= a for a, b in pairwise(given)):
         yield Problem("train.milestones", f"got {given}, expected numbers that rise.")

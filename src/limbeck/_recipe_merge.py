@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from limbeck import _recipe_paths as paths
 from limbeck._recipe_yaml import kind_of, parse
 from limbeck.errors import Problem
 
@@ -58,10 +59,10 @@ def merge(
         problems += [Problem(spelling, problem)] if problem else []
         spelt[path] = spelling
     problems += _objective(merged, options)
-    teacher = merged.get("teacher")
-    if options.get("fit_teacher") and isinstance(teacher, dict) and teacher.get("train") is None:
-        teacher["train"] = {"if_needed": True}
-        spelt["teacher.train"] = "--fit-teacher"
+    for where, teacher in paths.teachers_of(merged):
+        if options.get("fit_teacher") and isinstance(teacher, dict) and teacher.get("train") is None:
+            teacher["train"] = {"if_needed": True}
+            spelt[f"{where}.train"] = "--fit-teacher"
     if any(s.startswith("objective.") for s in sets) and merged.get("objective") is None:
         merged["objective"] = default_objective(None, None) if command == "distill" else [{"loss": "cross_entropy", "weight": 1.0}]
     for text in sets:
@@ -169,6 +170,9 @@ def expand_names(data: Mapping[str, Any]) -> dict[str, Any]:
     for section, key in (("teacher", "model"), ("student", "model"), ("data", "source")):
         if isinstance(plain.get(section), str):
             plain[section] = {key: plain[section]}
+    if isinstance(plain.get("teacher"), list):
+        several = [{"model": spec} if isinstance(spec, str) else spec for spec in plain["teacher"]]
+        plain["teacher"] = several[0] if len(several) == 1 and isinstance(several[0], dict) else several
     for name in ("export", "track"):
         if isinstance(plain.get(name), str):
             plain[name] = [plain[name]]
@@ -190,10 +194,17 @@ def without_nulls(plain: dict[str, Any], keys: Mapping[str, str]) -> dict[str, A
     """Without the keys that are null because they do not apply."""
     result = dict(plain)
     for path in keys:
-        section, _, name = path.partition(".")
-        if not name:
-            if result.get(section, "") is None:
-                del result[section]
-        elif isinstance(result.get(section), dict) and result[section].get(name, "") is None:
-            result[section] = {k: v for k, v in result[section].items() if k != name}
+        result = _without_null(result, path.split("."))
     return result
+
+
+def _without_null(value: Any, keys: Sequence[str]) -> Any:
+    """A copy of ``value`` without what is at these keys, where that is null."""
+    first, *rest = keys
+    if isinstance(value, dict) and first in value:
+        if rest:
+            return {**value, first: _without_null(value[first], rest)}
+        return {k: v for k, v in value.items() if k != first} if value[first] is None else value
+    if isinstance(value, list) and first.isdigit() and int(first) < len(value) and rest:
+        return [_without_null(item, rest) if i == int(first) else item for i, item in enumerate(value)]
+    return value

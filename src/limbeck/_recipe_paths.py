@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +122,23 @@ def check_model(name: Any, where: str, role: str) -> list[Problem]:
     return []
 
 
-def absolute_paths(data: dict[str, Any], base: Path, only: set[str] | None = None) -> dict[str, Any]:
-    """``data`` (a recipe's mapping) with the local paths in it made absolute against ``base``; ``only`` limits it to those keys."""
-    result = dict(data)
-    for section in ("teacher", "student", "data", "teacher_cache"):
-        if isinstance(result.get(section), dict):
-            result[section] = dict(result[section])
-    for key, rewrite in _REWRITES.items():
-        section, _, name = key.partition(".")
-        holder = result.get(section)
-        if isinstance(holder, dict) and isinstance(holder.get(name), str) and (only is None or key in only):
-            holder[name] = rewrite(holder[name], base)
+def teachers_of(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The teachers of a recipe's mapping, each with where it stands: ``teacher``, or ``teacher.0`` ... of a list."""
+    teacher = data.get("teacher")
+    if isinstance(teacher, list):
+        return [(f"teacher.{i}", one) for i, one in enumerate(teacher)]
+    return [] if teacher is None else [("teacher", teacher)]
+
+
+def absolute_paths(data: dict[str, Any], base: Path, only: Collection[str] | None = None) -> dict[str, Any]:
+    """``data`` (a recipe's mapping) with the local paths in it made absolute against ``base``; ``only`` limits it to those keys and all within."""
+    result = copy.deepcopy(data)
+    sections = [("student", result.get("student")), ("data", result.get("data")), ("teacher_cache", result.get("teacher_cache"))]
+    for where, holder in [*teachers_of(result), *sections]:
+        for name, rewrite in _REWRITES[where.partition(".")[0]].items():
+            wanted = only is None or any(f"{where}.{name}".startswith(f"{key}.") or f"{where}.{name}" == key for key in only)
+            if wanted and isinstance(holder, dict) and isinstance(holder.get(name), str):
+                holder[name] = rewrite(holder[name], base)
     return result
 
 
@@ -167,16 +175,12 @@ def _absolute_weights(name: str, base: Path) -> str:
     return name if name in ("pretrained", "scratch") else _absolute(name, base)
 
 
-_REWRITES = {
-    "teacher.model": _absolute_model,
-    "teacher.weights": _absolute_weights,
-    "student.model": _absolute_model,
-    "student.weights": _absolute_weights,
-    "data.source": _absolute_source,
-    "data.test": _absolute_further,
-    "data.valid": _absolute_further,
-    "data.unlabelled": _absolute_further,
-    "teacher_cache.path": _absolute,
+_OF_MODELS: dict[str, Callable[[str, Path], str]] = {"model": _absolute_model, "weights": _absolute_weights}
+_REWRITES: dict[str, dict[str, Callable[[str, Path], str]]] = {
+    "teacher": _OF_MODELS,
+    "student": _OF_MODELS,
+    "data": {"source": _absolute_source, **dict.fromkeys(("test", "valid", "unlabelled"), _absolute_further)},
+    "teacher_cache": {"path": _absolute},
 }
 
 
@@ -187,9 +191,9 @@ def _is_file_name(target: str) -> bool:
 def missing_files(data: dict[str, Any], base: Path) -> list[Problem]:
     """A problem for every file or folder that a recipe names and that is not there."""
     problems = []
-    sections = {name: data[name] for name in ("teacher", "student", "data") if isinstance(data.get(name), dict)}
-    for role in ("teacher", "student"):
-        spec = sections.get(role, {})
+    for role, spec in [*teachers_of(data), ("student", data.get("student"))]:
+        if not isinstance(spec, dict):
+            continue
         head, rest = split_name(spec["model"]) if isinstance(spec.get("model"), str) else ("", "")
         if head == "logits" and rest:
             problems += _missing(base, rest, f"{role}.model", folder=False)
@@ -201,8 +205,9 @@ def missing_files(data: dict[str, Any], base: Path) -> list[Problem]:
         weights = spec.get("weights")
         if isinstance(weights, str) and weights and weights not in ("pretrained", "scratch"):
             problems += _missing(base, weights, f"{role}.weights", folder=False) or _not_safetensors(weights, f"{role}.weights")
+    source = data.get("data")
     for name in ("source", "test", "valid", "unlabelled"):
-        value = sections.get("data", {}).get(name)
+        value = source.get(name) if isinstance(source, dict) else None
         if isinstance(value, str) and value:
             head, rest = split_name(value)
             if head in FILE_SOURCES:
@@ -245,18 +250,13 @@ def _not_safetensors(name: str, where: str) -> list[Problem]:
     return [Problem(where, f"got '{name}', expected a .safetensors file or 'pretrained'.", hint)]
 
 
-PATH_KEYS = frozenset(_REWRITES)
-"""The recipe keys whose values can be local paths."""
-
-
 def from_python(data: dict[str, Any]) -> list[Problem]:
     """A problem for each name that stands for an object given from Python: a file or command line cannot hold one."""
     problems = []
-    for key in ("teacher.model", "student.model", "data.source"):
-        section, _, name = key.partition(".")
-        holder = data.get(section)
+    for where, holder in [*teachers_of(data), ("student", data.get("student")), ("data", data.get("data"))]:
+        name = "source" if where == "data" else "model"
         value = holder.get(name) if isinstance(holder, dict) else None
-        if isinstance(value, str) and (split_name(value)[0] == "module" or (key == "data.source" and source_kind(value) == "python")):
+        if isinstance(value, str) and (split_name(value)[0] == "module" or (where == "data" and source_kind(value) == "python")):
             text = f"'{value}' stands for an object that was given from Python, and can only be run again from Python."
-            problems.append(Problem(key, text))
+            problems.append(Problem(f"{where}.{name}", text))
     return problems

@@ -20,10 +20,11 @@ from limbeck._parts import Parts
 from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import choose_workers
 from limbeck.engine import Engine
+from limbeck.ensemble import Mixing
 from limbeck.loop import Feed, Recorder, Trained, asking, fit
 from limbeck.models import Model, save_model, state_hash
 from limbeck.objective import Objective, StagedObjective
-from limbeck.placement import attend, live_of
+from limbeck.placement import attend, lives_of
 from limbeck.progress import Progress
 from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe
@@ -48,7 +49,7 @@ class Cost:
 
     def __init__(self, path: Path, meter: Meter | None, began: float, ranks: Ranks) -> None:
         self.path, self.meter, self.began, self.ranks = path, meter, began, ranks
-        self.cached: CachedTeacher | TableTeacher | None = None
+        self.cached: list[CachedTeacher | TableTeacher] = []
         self.before = {**NOTHING, **(read_json(path) if path.is_file() else {})}
         self.others = [0, 0]  # items and hits of the other ranks, when they were last asked
         self.told: float | None = 0.0  # seconds of a teacher on a rank of its own, likewise
@@ -69,7 +70,7 @@ class Cost:
         return 0.0 if self.meter is None else self.meter.seconds
 
     def _own(self) -> list[int]:
-        return [0 if self.meter is None else self.meter.items, 0 if self.cached is None else self.cached.hits]
+        return [0 if self.meter is None else self.meter.items, sum(teacher.hits for teacher in self.cached)]
 
     def so_far(self) -> dict[str, Any]:
         items, hits = (mine + theirs for mine, theirs in zip(self._own(), self.others, strict=True))
@@ -92,9 +93,14 @@ class Cost:
         write_json(self.path, self.so_far())
 
 
+Told = tuple[np.ndarray[Any, Any], dict[str, Any]]
+"""Of a teacher on the test split: ``(N, C)`` float64 logits in the data's classes, and its figures."""
+
+
 @dataclass
 class Shared:
-    """What the seeds of a run have in common; the teacher is measured once for all of them."""
+    """What the seeds of a run have in common; each teacher is measured once for all of them. told: None for one that is not measured, or cannot be.
+    mixing: of several teachers."""
 
     parts: Parts
     engine: Engine
@@ -106,8 +112,8 @@ class Shared:
     cost: Cost
     resumed: dict[str, list[int]]
     ranks: Ranks = ALONE
-    teacher_figures: dict[str, Any] = field(default_factory=dict)
-    teacher_logits: np.ndarray[Any, Any] | None = None
+    told: list[Told | None] = field(default_factory=list)
+    mixing: Mixing | None = None
 
     @property
     def exact(self) -> Engine:
@@ -147,12 +153,12 @@ def train_role(
     if role == "baseline":
         feed = parts.baseline_feed(recipe, **how)
     else:
-        ask = live_of(teacher) is not None and not shared.ranks.teaching
+        ask = bool(lives_of(teacher)) and not shared.ranks.teaching
         feed = parts.feed(recipe, with_teacher=teacher is not None, ask=ask, **how)
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep_all)
     if shared.ranks.teaching:
-        live, asked = live_of(teacher), asking(objective, int(recipe.train.accumulate))
+        live, asked = next(iter(lives_of(teacher)), None), asking(objective, int(recipe.train.accumulate))
         with shared.stop.steps():
             if not shared.ranks.heard():  # whether the role is trained already
                 feed = feed if live is None else parts.teacher_feed(feed)
@@ -195,21 +201,23 @@ def _fit_once(
 
 
 def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Progress, stop: Stop, cost: Cost) -> tuple[Model, list[int]]:
-    """Fine-tune the teacher on the labelled rows with cross entropy (``teacher.train``); committed as ``out/teacher``, once for all seeds.
+    """Fine-tune the teacher on the labelled rows with cross entropy (``teacher.train``); committed as ``out/teacher`` (of several:
+    ``out/teacher-0`` ...), once for all seeds.
 
     Returns it, and the steps from which its training was resumed.
     """
-    assert job.recipe.teacher is not None
-    assert job.recipe.teacher.train is not None
-    given = job.recipe.teacher.train.model_dump(exclude_none=True, exclude={"if_needed"})
+    [spec], role = job.recipe.teachers, job.role
+    assert spec.train is not None
+    given = spec.train.model_dump(exclude_none=True, exclude={"if_needed"})
     # names of blocks are those of the student
     given |= {"ema": None, "select": "last", "stages": None, "gradient_checkpointing": job.recipe.train.gradient_checkpointing is True}
     recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update=given)})
-    progress.say(f"The teacher is trained first, on the labelled data: {recipe.train.epochs} epochs.")
+    which = "The teacher" if job.number is None else f"Teacher {job.number}"
+    progress.say(f"{which} is trained first, on the labelled data: {recipe.train.epochs} epochs.")
     ranks = job.ranks
     own = Parts(recipe, job.data, teacher.preprocessing, None, batch_statistics=has_batch_statistics(teacher), ranks=ranks)
     objective = own.baseline_objective().at(0)
-    choice_file = job.out / "checkpoints" / "teacher.json"
+    choice_file = job.out / "checkpoints" / f"{role}.json"
 
     def choice() -> tuple[Engine, dict[str, Any]]:
         if choice_file.is_file():
@@ -227,10 +235,10 @@ def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Prog
     log = Log(job.out) if ranks.main else NoLog()
     try:
         validate = own.validation(teacher, engine)
-        recorder = Recorder("teacher", job.out / "checkpoints" / "teacher", log, progress, stop, validate, cost.keep_all)
+        recorder = Recorder(role, job.out / "checkpoints" / role, log, progress, stop, validate, cost.keep_all)
         feed = own.feed(recipe, with_teacher=False, workers=workers, pin_memory=device.type == "cuda")
         with stop.steps():
-            trained, _ = _fit_once(job.out / "teacher", teacher, None, objective, feed, engine, recipe, recorder, job.data.classes, ranks)
+            trained, _ = _fit_once(job.out / role, teacher, None, objective, feed, engine, recipe, recorder, job.data.classes, ranks)
         stop.between("the training of the student")
     finally:
         log.close()

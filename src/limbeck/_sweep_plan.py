@@ -9,7 +9,7 @@ from typing import Any
 from limbeck._begin import Begun
 from limbeck._folder import finished
 from limbeck._planner import duration
-from limbeck._sweep_share import Lending, baseline_key, teacher_key, without_numbers
+from limbeck._sweep_share import Lending, baseline_key, teacher_keys, without_numbers
 from limbeck._vary import Combination
 from limbeck.progress import Progress
 from limbeck.spine import execute
@@ -51,7 +51,7 @@ def plan_sweep(points: list[Combination], lending: Lending, begun: Begun | None,
     for point in left:
         plan, recipe = by_name[point.name], lending.recipe(point)
         time, cache = plan["time"], plan["cache"]
-        teacher = teacher_key(recipe)
+        teacher = next(iter(teacher_keys(recipe)), None)  # of several no plan is made
         if teacher is not None and time["teacher_training_seconds"]:
             once["teacher_training"].setdefault(teacher, time["teacher_training_seconds"])
         filling = time["fill_seconds"] if cache is not None and cache["kept"] else 0.0

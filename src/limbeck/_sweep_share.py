@@ -18,10 +18,10 @@ from limbeck.losses import AUTO
 from limbeck.models import validate_paths
 from limbeck.objective import needs_of
 from limbeck.ranks import ALONE, Ranks
-from limbeck.recipe import Recipe, Term
+from limbeck.recipe import Recipe, TeacherSpec, Term
 from limbeck.run import read_json
 
-__all__ = ["Lending", "baseline_key", "data_key", "judge", "teacher_key", "without_numbers"]
+__all__ = ["Lending", "baseline_key", "data_key", "judge", "teacher_keys", "without_numbers"]
 
 _T = TypeVar("_T")
 
@@ -49,18 +49,23 @@ def baseline_key(recipe: Recipe) -> str:
     return _text([plain, [_cross_entropy(terms) for terms in recipe.objectives], recipe.teacher_cache.views])
 
 
-def teacher_key(recipe: Recipe) -> str | None:
+def teacher_keys(recipe: Recipe) -> list[str | None]:
+    """:func:`teacher_key` of each teacher."""
+    return [teacher_key(recipe, spec) for spec in recipe.teachers]
+
+
+def teacher_key(recipe: Recipe, teacher: TeacherSpec) -> str | None:
     """What a teacher's own training depends on (its settings over those of the student); None where it is not trained.
 
     How it is asked afterwards is not in it, nor are settings of the student that its own take the place of.
     """
-    if recipe.teacher is None or recipe.teacher.train is None:
+    if teacher.train is None:
         return None
-    own = recipe.teacher.train.model_dump(mode="json")
+    own = teacher.train.model_dump(mode="json")
     train = recipe.train.model_dump(mode="json", exclude={*_NO_WEIGHT, "ema", "select", "stages"}) | {
         k: v for k, v in own.items() if v is not None
     }
-    model = recipe.teacher.model_dump(mode="json", include={"model", "weights", "options"})
+    model = teacher.model_dump(mode="json", include={"model", "weights", "options"})
     data = recipe.data.model_dump(mode="json")
     return _text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe.objective), recipe.teacher_cache.views])
 
@@ -81,8 +86,11 @@ def _unless_number(value: Any) -> Any:
 def _building_key(recipe: Recipe) -> str:
     """What :func:`begin` depends on. Of combinations that differ in epochs alone, the one with the most asks for the most."""
     plain = without_numbers(recipe, _HOW_LONG_AND_FAST)
-    if recipe.teacher is not None and recipe.teacher.train is not None:
-        plain["teacher"]["train"] = {"if_needed": recipe.teacher.train.if_needed}
+    several = isinstance(recipe.teacher, list)
+    for number, spec in enumerate(recipe.teachers):
+        if spec.train is not None:
+            holder = plain["teacher"][number] if several else plain["teacher"]
+            holder["train"] = {"if_needed": spec.train.if_needed}
     return _text([plain, recipe.train.batch_size == 1])  # batch statistics cannot be taken of one sample
 
 
@@ -121,10 +129,8 @@ class Lending:
     def recipe(self, point: Combination) -> Recipe:
         """What is run; the best student alone is exported, at the end."""
         recipe = point.recipe.model_copy(update={"export": []})
-        trained = self.taught.get(teacher_key(recipe) or "")
-        if trained is not None and recipe.teacher is not None:
-            recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update=trained)})
-        return recipe
+        trained = [self.taught.get(key or "", {}) for key in teacher_keys(recipe)]
+        return recipe.with_teachers([spec.model_copy(update=own) for spec, own in zip(recipe.teachers, trained, strict=True)])
 
     def read(self, point: Combination) -> Data:
         """Its data, read where no other combination has it."""
@@ -155,9 +161,10 @@ class Lending:
     def took(self, point: Combination) -> None:
         """A combination is finished, and lends what it has."""
         folder, recipe = self.folder(point), self.recipe(point)
-        key = teacher_key(recipe)
-        if key is not None and (folder / "teacher" / "model.json").is_file():
-            self.taught.setdefault(key, {"model": f"run:{(folder / 'teacher').resolve()}", "weights": None, "options": {}, "train": None})
+        for number, key in enumerate(teacher_keys(recipe)):
+            made = folder / (f"teacher-{number}" if isinstance(recipe.teacher, list) else "teacher")
+            if key is not None and (made / "model.json").is_file():
+                self.taught.setdefault(key, {"model": f"run:{made.resolve()}", "weights": None, "options": {}, "train": None})
         self.runs.setdefault(baseline_key(recipe), folder)
 
 
@@ -238,9 +245,8 @@ def _student(job: Job) -> None:
 
 def _teacher(job: Job) -> None:
     """The same of a teacher that can be built."""
-    spec = job.recipe.teacher
-    if job.build_teacher is not None and spec is not None and not spec.model.startswith("logits:"):
-        model, _, _ = teacher_of(job, job.build_teacher)
+    if len(job.recipe.teachers) == 1 and not job.recipe.teachers[0].model.startswith("logits:"):  # of several no layers are read
+        model, _, _ = teacher_of(job)
         named = [path for path in needs_of(job.recipe.terms)[1].features if path != AUTO]
         validate_paths(model.module, named, "objective (teacher layer)")
 

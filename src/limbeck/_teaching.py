@@ -248,7 +248,7 @@ def recalled(answers: Answers, sources: Sources, data: Data) -> Known | None:
     _refuse_precision(answers.recipe, answers.folders["teach"], manifest)
     about = manifest.about
     known = Known(
-        str(answers.recipe.teacher.model if answers.recipe.teacher else ""),
+        answers.recipe.teachers[0].model,
         _preprocessing(manifest.identity["preprocessing"]),
         classes if classes is not None else tuple(about["classes"]) if about["classes"] else None,
         tuple(about["class_ids"]) if about["class_ids"] else None,
@@ -273,9 +273,9 @@ def _preprocessing(kept: Mapping[str, Any]) -> Preprocessing:
 
 def _refuse_precision(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
     """How a cache was filled is adopted; only a precision (or layout) that the recipe gives for its teacher, and another one, is refused."""
-    assert recipe.teacher is not None
+    [spec] = recipe.teachers
     problems = []
-    for name, asked in (("precision", recipe.teacher.precision), ("layout", recipe.teacher.layout)):
+    for name, asked in (("precision", spec.precision), ("layout", spec.layout)):
         made = manifest.made[name]
         if asked not in (None, "auto", made):
             text = f"got {asked}, and the answers in {folder} were given in {made}."

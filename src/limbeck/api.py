@@ -6,13 +6,14 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from limbeck._begin import Job
+from limbeck._begin import Job, TeacherSource
 from limbeck._folder import already, goes_on, next_free, refuse_taken
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
@@ -20,7 +21,7 @@ from limbeck.models import Model, build_model, call_factory, load_into, load_sav
 from limbeck.progress import Progress
 from limbeck.ranks import joined, refuse_lost_folder
 from limbeck.reading import RecipeError, absolute, build_recipe, default_objective
-from limbeck.recipe import Recipe
+from limbeck.recipe import ModelSpec, Recipe, TeacherSpec
 from limbeck.run import read_json
 from limbeck.spine import execute
 
@@ -45,7 +46,7 @@ class Result:
 def distill(
     *,
     student: ModelLike,
-    teacher: ModelLike | None,
+    teacher: ModelLike | Sequence[ModelLike] | None,
     train: Any = None,
     test: Any = None,
     valid: Any = None,
@@ -70,13 +71,14 @@ def distill(
 
     student, teacher: an ``nn.Module`` (called with one image or tensor batch, or with the tokenizer's names; gives logits ``(B, C)`` or an output
     with ``.logits``), a callable that returns one (for a student drawn anew for each seed), or any model name of a recipe. Modules are copied:
-    they come back as they were, and ``Result.student`` is another object.
+    they come back as they were, and ``Result.student`` is another object. teacher: or a list of several (``ensemble`` says how they are averaged).
     train, test, valid, unlabelled: ``(x, y)`` tensors or arrays (uint8 images NHWC, NCHW or NHW; float tensors as they are; lists of strings or of
     pairs of strings) or a ``torch.utils.data.Dataset`` of ``(x, y)``; or ``data``: a source name or a ``data`` section of a recipe.
     baseline: train the same student without the teacher too (it is done where nothing is said). seeds: how many, from ``seed`` on.
     temperature, alpha: ``alpha * T^2 * KL + (1 - alpha) * cross entropy``, 4 and 0.7 by default; or ``objective``, as in a recipe.
     settings: keys of a recipe's ``train`` section (``epochs``, ``batch_size``, ``lr``, ...), ``data_options`` (keys of its ``data`` section, e.g.
-    ``{"augment": "standard"}``), and ``teacher_cache`` or ``track`` as in a recipe. tokenizer: for text modules that are not Hugging Face folders.
+    ``{"augment": "standard"}``), and ``ensemble``, ``teacher_cache`` or ``track`` as in a recipe.
+    tokenizer: for text modules that are not Hugging Face folders.
 
     Raises: UsageError with every problem at once; Stopped for NaN, a full disk or a failed parity; Interrupted after a signal.
 
@@ -88,10 +90,12 @@ def distill(
     >>> sorted(result.metrics["models"])
     ['baseline', 'student', 'teacher']
     """
+    several = isinstance(teacher, list | tuple)
+    teachers = cast(list[ModelLike], list(cast(Sequence[ModelLike], teacher)) if several else [] if teacher is None else [teacher])
     problems = list(
         _ignored(
             student,
-            teacher,
+            teachers,
             {"data": data, "train": train, "test": test, "valid": valid, "unlabelled": unlabelled, "classes": classes},
             {"temperature": temperature, "alpha": alpha, "objective": objective, "baseline": baseline or None},
             settings.get("data_options") or {},
@@ -102,7 +106,7 @@ def distill(
     terms = objective
     if terms is None and teacher is not None and not (temperature is None and alpha is None):
         terms = default_objective(temperature, alpha)
-    train_keys = {k: v for k, v in settings.items() if k not in ("data_options", "teacher_cache", "track")}
+    train_keys = {k: v for k, v in settings.items() if k not in ("data_options", "ensemble", "teacher_cache", "track")}
     given_options = settings.get("data_options")
     data_options = dict(given_options) if isinstance(given_options, Mapping) else {}
     source: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {"source": "python" if data is None else data}
@@ -113,10 +117,10 @@ def distill(
         "objective": terms,
         "train": train_keys,
         "export": [export] if isinstance(export, str) else list(export),
-        **{k: settings[k] for k in ("teacher_cache", "track") if k in settings},
+        **{k: settings[k] for k in ("ensemble", "teacher_cache", "track") if k in settings},
     }
     if teacher is not None:
-        plain |= {"teacher": _spec(teacher), "baseline": baseline is not False}
+        plain |= {"teacher": [_spec(one) for one in teachers], "baseline": baseline is not False}
     known = task or (_task_of(train, data_options) if data is None else None)
     if known is not None:
         plain["task"] = known
@@ -148,7 +152,7 @@ def distill(
 
         def build_student(seed: int) -> Model:
             built.clear()
-            built[seed] = _model(student, recipe, "student", loaded, seed, base, tokenizer)
+            built[seed] = _model(student, recipe.student, recipe, "student", loaded, seed, base, tokenizer)
             if seeds > 1 and isinstance(student, nn.Module):
                 hint = "Give a callable that makes a new module to have them drawn anew."
                 built[seed].notes.append(f"All {seeds} seeds begin from the initial weights of the module that was given. {hint}")
@@ -158,18 +162,19 @@ def distill(
             recipe=recipe,
             data=loaded,
             build_student=build_student,
-            build_teacher=None
-            if teacher is None
-            else lambda new_head: _model(teacher, recipe, "teacher", loaded, recipe.seed, base, tokenizer, new_head=new_head),
+            teachers=tuple(
+                TeacherSource(
+                    partial(_teacher, given, spec, recipe, loaded, base, tokenizer),
+                    partial(sources, spec, data=loaded, base=base, max_length=recipe.data.max_length)
+                    if isinstance(given, str | Path | dict)
+                    else lambda: None,
+                )
+                for given, spec in zip(teachers, recipe.teachers, strict=True)
+            ),
             out=folder,
             resume=resume,
             seeds=seeds,
             ranks=ranks,
-            sources=lambda: (
-                sources(recipe.teacher, data=loaded, base=base, max_length=recipe.data.max_length)
-                if recipe.teacher is not None and isinstance(teacher, str | Path | dict)
-                else None
-            ),
         )
         done = ranks.from_main(lambda: already(folder, recipe, seeds))
         if done is not None:
@@ -224,8 +229,13 @@ def _name(model: ModelLike) -> str:
     return getattr(model, "__name__", "model").strip("<>")
 
 
+def _teacher(given: ModelLike, spec: TeacherSpec, recipe: Recipe, data: Data, base: Path, tokenizer: Any, new_head: bool) -> Model:
+    return _model(given, spec, recipe, "teacher", data, recipe.seed, base, tokenizer, new_head=new_head)
+
+
 def _model(
     given: ModelLike,
+    spec: ModelSpec,
     recipe: Recipe,
     role: Literal["student", "teacher"],
     data: Data,
@@ -237,8 +247,6 @@ def _model(
 ) -> Model:
     """A module is copied, so that the caller's own stays as it is; a name is built as in a recipe."""
     if isinstance(given, str | Path | dict):
-        spec = recipe.student if role == "student" else recipe.teacher
-        assert spec is not None
         return build_model(spec, role=role, data=data, seed=seed, base=base, new_head=new_head, max_length=recipe.data.max_length)
     if new_head:
         raise UsageError(
@@ -273,7 +281,7 @@ def _copied(module: nn.Module, role: str) -> nn.Module:
 
 def _ignored(
     student: ModelLike,
-    teacher: ModelLike | None,
+    teachers: Sequence[ModelLike],
     data: Mapping[str, Any],
     learning: Mapping[str, Any],
     options: Any,
@@ -302,7 +310,7 @@ def _ignored(
         for name in ("test", "valid"):
             if data[name] is not None and options.get(f"{name}_fraction") is not None:
                 yield Problem(f"data_options.{name}_fraction", f"has no effect where {name} is given.", "Leave it out.")
-    if teacher is None:
+    if not teachers:
         for name in ("temperature", "alpha", "baseline"):
             if learning[name] is not None:
                 what = "a training has no baseline beside it." if name == "baseline" else "it weighs what a teacher says."
@@ -313,7 +321,7 @@ def _ignored(
             )
     elif learning["objective"] is not None and (learning["temperature"] is not None or learning["alpha"] is not None):
         yield Problem("objective", "was given together with temperature or alpha.", "Put them into the terms, or leave objective out.")
-    if tokenizer is not None and all(m is None or isinstance(m, str | Path | dict) for m in (student, teacher)):
+    if tokenizer is not None and all(m is None or isinstance(m, str | Path | dict) for m in (student, *teachers)):
         yield Problem(
             "tokenizer", "is for modules, and a named model has its own.", 'Name another: {"model": ..., "options": {"tokenizer": ...}}.'
         )

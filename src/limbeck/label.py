@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
-from limbeck._begin import Job, agree, begin, job_of
+from limbeck._begin import Begun, Job, agree, begin, job_of, of_member
 from limbeck._folder import Stop
 from limbeck.cache import read_manifest, tidy, write_ids
 from limbeck.data import load_data
@@ -46,19 +46,35 @@ def ids_of(recipe: Recipe, base: Path, file: Path) -> int:
 
 
 def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
-    """:func:`label` of a job."""
+    """:func:`label` of a job; of several teachers one after the other."""
     started = time.perf_counter()
     begun = begin(job, label=True)
     job = replace(job, recipe=begun.settled(job.recipe))
     agree(job, begun)
-    if begun.to_train:
-        text = "has to be trained on this data first, which `limbeck distill` does."
-        raise UsageError(Problem("teacher", text, "Train it with `limbeck train`, and name it as run:DIR."))
-    answers = begun.answers
-    if answers is None:  # the disk would not hold them
-        raise UsageError(Problem("teacher_cache", begun.cached[1], "Name another path, take fewer views, or codec: sparse."))
+    jobs = [job] if len(job.teachers) == 1 else [of_member(job, number) for number in range(len(job.teachers))]
+    for one, alone in zip(begun.taught, jobs, strict=True):
+        if one.to_train:
+            text = "has to be trained on this data first, which `limbeck distill` does."
+            raise UsageError(Problem(alone.role.replace("-", "."), text, "Train it with `limbeck train`, and name it as run:DIR."))
+        if one.answers is None:  # the disk would not hold them, or it is a file
+            reason = "its answers are a file already" if one.table is not None else one.cached[1]
+            raise UsageError(Problem("teacher_cache", reason, "Name another path, take fewer views, or codec: sparse."))
     for note in begun.notes:
         progress.say(note)
+    filled = [_filled(alone, one, progress, dry_run) for one, alone in zip(begun.taught, jobs, strict=True)]
+    sums: dict[str, Any] = {name: sum(one[name] for one in filled) for name in ("asked", "bytes", "teacher_seconds")}
+    result = {**(filled[0] if len(filled) == 1 else {"teachers": filled, **sums}), "total_seconds": time.perf_counter() - started}
+    if not dry_run:
+        rows = sum(sum(one["rows"].values()) for one in filled)
+        root = begun.taught[0].answers.root if begun.taught[0].answers is not None else ""
+        progress.say(f"All {rows:,} answers are in {root} ({result['bytes']:,} bytes).")
+    return result
+
+
+def _filled(job: Job, begun: Begun, progress: Progress, dry_run: bool) -> dict[str, Any]:
+    """What one teacher has answered, after asking it for what is missing."""
+    answers = begun.answers
+    assert answers is not None
     asked = sum(answers.lacking(purpose) for purpose in answers.folders) if begun.model is not None else 0
     model, seconds = begun.model, 0.0
     if model is not None and begun.found is not None and not dry_run:
@@ -86,15 +102,10 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
     if not dry_run:
         for folder in answers.folders.values():
             tidy(folder)
-    rows = {purpose: answers.rows(purpose) for purpose in answers.folders}
-    result = {
+    return {
         "cache": {purpose: str(folder) for purpose, folder in answers.folders.items()},
-        "rows": rows,
+        "rows": {purpose: answers.rows(purpose) for purpose in answers.folders},
         "asked": asked,
         "bytes": sum(read_manifest(f).size for f in answers.folders.values() if (f / "manifest.json").exists()),
         "teacher_seconds": seconds,
-        "total_seconds": time.perf_counter() - started,
     }
-    if not dry_run:
-        progress.say(f"All {sum(rows.values()):,} answers are in {answers.root} ({result['bytes']:,} bytes).")
-    return result

@@ -28,7 +28,7 @@ from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
 
-__all__ = ["Objective", "Rows", "Selection", "StagedObjective", "check_terms", "needs_of", "value_at", "with_pairs"]
+__all__ = ["Objective", "Rows", "Selection", "StagedObjective", "check_terms", "needs_of", "temperatures_of", "value_at", "with_pairs"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of captured features by module path, batch first."""
@@ -124,6 +124,22 @@ def needs_of(terms: Sequence[Term]) -> tuple[Needs, Needs]:
         for side, each in entry.paths(term.model_extra or {}).items():
             paths[side] |= dict.fromkeys(each)
     return Needs(features=tuple(paths["student"])), Needs(logits=logits, features=tuple(paths["teacher"]))
+
+
+def temperatures_of(terms: Sequence[Term]) -> list[float | str]:
+    """The temperatures at which terms read a teacher's logits, each once: 1 where a loss has none, "a schedule" where it changes.
+
+    >>> temperatures_of([Term(loss="kd", temperature=2.0), Term(loss="mse_logits"), Term(loss="cross_entropy")])
+    [2.0, 1.0]
+    """
+    found: dict[float | str, None] = {}
+    for term in terms:
+        entry = LOSSES[term.loss]
+        if "teacher.logits" in entry.reads:
+            own = entry.parameters.get("temperature")
+            given = (term.model_extra or {}).get("temperature", 1.0 if own is None else own.default)
+            found["a schedule" if isinstance(given, Mapping | Schedule) else float(given)] = None
+    return list(found)
 
 
 def with_pairs(terms: Sequence[Term], pairs: Sequence[tuple[str, str]]) -> list[Term]:

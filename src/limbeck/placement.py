@@ -19,6 +19,7 @@ from torch import Tensor
 
 from limbeck.data import Request, stream
 from limbeck.engine import Engine, check_precision
+from limbeck.ensemble import Ensemble
 from limbeck.errors import Interrupted, Problem, UsageError
 from limbeck.loop import Feed, Recorder
 from limbeck.ranks import Ranks
@@ -26,7 +27,7 @@ from limbeck.recipe import Recipe, Train
 from limbeck.teacher import Asking, Coming, LiveTeacher, Teacher
 from limbeck.types import Batch, Needs, Signal
 
-__all__ = ["Ahead", "Here", "Seat", "asked_in_the_loop", "attend", "beside", "check_seat", "live_of", "seat_of", "served"]
+__all__ = ["Ahead", "Here", "Seat", "asked_in_the_loop", "attend", "beside", "check_seat", "live_of", "lives_of", "seat_of", "served"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def seat_of(recipe: Recipe, device: torch.device, ranks: Ranks, *, plan: bool = 
 
     Raises: UsageError for a device that is not there or cannot do the precision asked for, and for ranks that there are not.
     """
-    asked = "same" if recipe.teacher is None else recipe.teacher.placement
+    asked = recipe.teachers[0].placement if len(recipe.teachers) == 1 else "same"
     if asked == "same":
         return Seat(device)
     if asked == "auto":
@@ -102,9 +103,9 @@ def _ranks(teachers: int, device: torch.device, ranks: Ranks) -> Seat:
 
 def check_seat(recipe: Recipe, seat: Seat) -> None:
     """Raises: UsageError where the device of the teacher cannot do the precision that it is asked in."""
-    spec = recipe.teacher
-    if spec is None or not seat.ahead:
+    if len(recipe.teachers) != 1 or not seat.ahead:
         return
+    [spec] = recipe.teachers
     try:
         check_precision(recipe.train.precision if spec.precision == "auto" else spec.precision, seat.device)
     except UsageError as e:
@@ -263,15 +264,22 @@ class Here:
 
 
 def live_of(teacher: Teacher | None) -> LiveTeacher | None:
-    """The teacher's model, where this process asks it in the loop."""
+    """The model of one teacher, where this process asks it in the loop."""
     if isinstance(teacher, LiveTeacher):
         return teacher
     return teacher.live if isinstance(teacher, Ahead | Here) else None
 
 
+def lives_of(teacher: Teacher | None) -> list[LiveTeacher]:
+    """The models that this process asks in the loop."""
+    each = teacher.members if isinstance(teacher, Ensemble) else [teacher]
+    return [live for live in map(live_of, each) if live is not None]
+
+
 def asked_in_the_loop(teacher: Teacher | None) -> bool:
-    """Whether a teacher is asked in every step, by this process or by another one."""
-    return isinstance(teacher, LiveTeacher | Ahead | Here)
+    """Whether a teacher, or one of several, is asked in every step, by this process or by another one."""
+    each = teacher.members if isinstance(teacher, Ensemble) else [teacher]
+    return any(isinstance(one, LiveTeacher | Ahead | Here) for one in each)
 
 
 # A teacher on ranks of its own.

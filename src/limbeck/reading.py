@@ -20,7 +20,7 @@ from limbeck import _recipe_paths as paths
 from limbeck._recipe_yaml import read_yaml
 from limbeck.errors import Problem, UsageError, listed
 from limbeck.losses import LOSSES
-from limbeck.objective import check_terms, needs_of
+from limbeck.objective import check_terms, needs_of, temperatures_of
 from limbeck.published import is_published, published
 from limbeck.recipe import Command, Recipe, Term, defaulted
 
@@ -109,7 +109,7 @@ def load_recipe(path: Path | None, options: Mapping[str, Any], sets: Sequence[st
         raise UsageError([*error.problems, *_option_problems(options, sets, command)]) from None
     merged, spelt, problems = merging.merge(data, options, sets, command)
     if path is not None:
-        merged = paths.absolute_paths(merged, here, only={key for key in spelt if key in paths.PATH_KEYS})
+        merged = paths.absolute_paths(merging.expand_names(merged), here, only=spelt)
     source = check.look(merged, "data.source")
     if isinstance(source, str):
         merged["data"] = {**merged["data"], "source": paths.complete_source(source, base)}
@@ -162,6 +162,8 @@ def json_schema() -> dict[str, Any]:
     definitions["Term"]["properties"]["loss"] = {"type": "string", "enum": list(LOSSES), "description": "see `limbeck losses`"}
     for name in ("teacher", "student", "data"):  # a bare name is short for the mapping that has only the name
         schema["properties"][name] = {"anyOf": [{"type": "string"}, schema["properties"][name]]}
+    several = next(one for one in schema["properties"]["teacher"]["anyOf"][1]["anyOf"] if one.get("type") == "array")
+    several |= {"items": {"anyOf": [{"type": "string"}, several["items"]]}, "minItems": 1}
     for name in ("export", "track"):
         schema["properties"][name] = {"anyOf": [schema["properties"][name]["items"], schema["properties"][name]]}
     size = definitions["Train"]["properties"]["batch_size"]
@@ -288,12 +290,38 @@ def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Prob
             text = f"no term of the objective uses the teacher (the terms: {used})."
             problems.append(Problem("objective", text, "Add kd (--alpha above 0), or use `limbeck train`."))
         problems += _kept_answers(plain, terms)
+        problems += _of_several(plain, terms)
     mixed = check.look(plain, "data.augment.mixup")
     if isinstance(mixed, int | float) and mixed > 0:
         for where, term in terms.items():
             if LOSSES[term.loss].hard_labels:
                 text = f"{term.loss} needs one class a sample, and data.augment.mixup blends the labels of two."
                 problems.append(Problem(f"{where}.loss", text, "Use kd, which reads no labels, or set mixup to 0."))
+    return problems
+
+
+def _of_several(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> list[Problem]:
+    """What terms cannot learn from several teachers."""
+    if len(paths.teachers_of(plain)) < 2:
+        return []
+    problems = [
+        Problem(f"{where}.loss", f"{term.loss} compares layers, which is for one teacher; of several, logits are averaged.", "Name one.")
+        for where, term in terms.items()
+        if needs_of([term])[1].features
+    ]
+    ensemble = plain.get("ensemble")
+    own = ensemble.get("temperature") if isinstance(ensemble, Mapping) else None
+    average = ensemble.get("average") if isinstance(ensemble, Mapping) else None
+    found = temperatures_of(list(terms.values()))
+    if average == "logits":
+        return problems
+    for where, term in terms.items():
+        if term.loss == "kd_sigmoid":
+            text = "reads a probability of its own for each class, and ensemble.average: probabilities has them sum to 1."
+            problems.append(Problem(f"{where}.loss", f"kd_sigmoid {text}", "Use ensemble.average: logits."))
+    if own is None and (len(found) > 1 or "a schedule" in found):
+        text = f"is to be given: probabilities are averaged at one temperature, and the terms have {', '.join(map(str, found))}."
+        problems.append(Problem("ensemble.temperature", text, "Give the one at which they are averaged, or ensemble.average: logits."))
     return problems
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "Augment",
     "Command",
     "DataSpec",
+    "Ensemble",
     "ModelSpec",
     "Recipe",
     "Schedule",
@@ -124,6 +125,18 @@ class TeacherSpec(ModelSpec):
     precision: Precision = "auto"
     """auto: as the student (with its layout) where that is explicit, else measured."""
     layout: Layout | None = None
+
+
+class Ensemble(Section):
+    """What several teachers say together. One that is more sure of a sample may count more in it."""
+
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """probabilities: the weighted mean of their probabilities; logits: of their logits (which is the geometric mean of their probabilities)."""
+    weights: Literal["confidence", "entropy"] | Annotated[list[NotNegative], Field(min_length=1)] | None = None
+    """null: alike; a list: one for each teacher, in their order; confidence: for each sample in proportion to a teacher's largest probability;
+    entropy: in proportion to exp(-H), H its entropy in nats."""
+    temperature: Positive | None = None
+    """probabilities only: at which they are averaged; null: that of the objective."""
 
 
 class Augment(Section):
@@ -272,7 +285,9 @@ class Recipe(Section):
 
     task: Literal["image-classification", "text-classification"]
     seed: Seed = 0
-    teacher: TeacherSpec | None = None
+    teacher: TeacherSpec | Annotated[list[TeacherSpec], Field(min_length=2)] | None = None
+    """One, or a list of several (see ensemble)."""
+    ensemble: Ensemble = Ensemble()
     student: ModelSpec
     data: DataSpec
     objective: Annotated[list[Term], Field(min_length=1)]
@@ -288,9 +303,18 @@ class Recipe(Section):
         return "train" if self.teacher is None else "distill"
 
     @property
+    def teachers(self) -> list[TeacherSpec]:
+        """The models to learn from, in the order of the recipe; none, one, or several."""
+        return [] if self.teacher is None else self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+    def with_teachers(self, teachers: list[TeacherSpec]) -> Recipe:
+        """The same recipe with these in place of its :attr:`teachers`, as many."""
+        return self.model_copy(update={"teacher": teachers if isinstance(self.teacher, list) else teachers[0] if teachers else None})
+
+    @property
     def teacher_ranks(self) -> int:
         """How many ranks only teach (``teacher.placement: ranks:K``)."""
-        kind, _, count = ("same" if self.teacher is None else self.teacher.placement).partition(":")
+        kind, _, count = ("same" if len(self.teachers) != 1 else self.teachers[0].placement).partition(":")
         return int(count) if kind == "ranks" else 0
 
     @property
@@ -313,11 +337,10 @@ class Recipe(Section):
         """Every key, in the order of the documentation; keys without effect in this recipe are null. Reading it gives an equal recipe."""
         data = self.model_dump(mode="json")
         for path in check.not_applying(_without_defaults(self), defaulted(data), self.command):
-            section, _, name = path.partition(".")
-            if not name:
-                data[section] = None
-            elif data[section] is not None:
-                data[section][name] = None
+            holder, _, name = path.rpartition(".")
+            found = check.look(data, holder) if holder else data
+            if found is not None and found is not check.MISSING:
+                found[name] = None
         return dump(data)
 
 
@@ -326,6 +349,7 @@ def defaulted(plain: Mapping[str, Any]) -> Any:
     defaults = {
         "train": Train().model_dump(mode="json"),
         "teacher_cache": TeacherCache().model_dump(mode="json"),
+        "ensemble": Ensemble().model_dump(mode="json"),
         "data": {k: f.default for k, f in DataSpec.model_fields.items() if not f.is_required()},
         "export": [],
         "track": [],

@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
-from limbeck._begin import Begun, Job, agree, begin, job_of, keep, summary
+from limbeck._begin import Begun, Job, agree, begin, job_of, keep, of_member, summary
 from limbeck._choices import explicit, resolved, snapshot
 from limbeck._folder import (
     Stop,
@@ -34,19 +34,21 @@ from limbeck._folder import (
     refuse_taken,
 )
 from limbeck._microbatch import copies_of, how_to_train
+from limbeck._parts import Parts
 from limbeck._planner import make_plan
 from limbeck._results import figures, joint_metrics, measures, seed_metrics
-from limbeck._roles import NOTHING, Cost, Shared, State, engine_from_main, train_role, train_teacher
+from limbeck._roles import NOTHING, Cost, Shared, State, Told, engine_from_main, train_role, train_teacher
 from limbeck.analysis import analyse
 from limbeck.cache import CachedTeacher, TableTeacher, tidy
 from limbeck.data import SKIPPED, Data, choose_workers, skipped_csv, text_of, thumbnail
 from limbeck.engine import Engine
+from limbeck.ensemble import Ensemble, Mixing
 from limbeck.errors import Interrupted, Problem, Stopped, UsageError
 from limbeck.evaluate import metrics
 from limbeck.export import export_model
 from limbeck.loop import Trained
 from limbeck.models import Model, load_into, which_blocks
-from limbeck.placement import Ahead, Here, asked_in_the_loop, beside, live_of, served
+from limbeck.placement import Ahead, Here, asked_in_the_loop, beside, live_of, lives_of, served
 from limbeck.progress import Progress
 from limbeck.ranks import Ranks, joined, refuse_lost_folder
 from limbeck.reading import absolute
@@ -127,6 +129,11 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     if dry_run and ranks.size > 1:
         text = f"measures what one process takes, and {ranks.size} were started."
         raise UsageError(Problem("--dry-run", text, "Start it without a launcher."))
+    if dry_run and len(recipe.teachers) > 1:
+        text = f"plans a run of one teacher, and the recipe has {len(recipe.teachers)}."
+        raise UsageError(
+            Problem("--dry-run", text, "Plan it with each of them alone: their answers are asked and kept one after the other.")
+        )
     begun = begun or begin(replace(job, plan=dry_run))
     recipe = begun.settled(recipe)
     job = replace(job, recipe=recipe)
@@ -143,7 +150,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
 
     stop = Stop(ranks)
     resumed: dict[str, list[int]] = {}
-    meter = None if begun.model is None else Meter(begun.model.module)
+    loaded = [one.model.module for one in begun.taught if one.model is not None]
+    meter = Meter(*loaded) if loaded else None
     with stop.listening(), own_folder(job.out, job.resume and recorded is not None) if ranks.main else nullcontext():
         cost = Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
         if recorded is None and ranks.main:
@@ -152,16 +160,21 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
             if data.skipped:
                 write_atomic(job.out / SKIPPED, skipped_csv(data))
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
-        if begun.model is not None and begun.to_train:
+        for one, alone in zip(begun.taught, _jobs(job), strict=True):
+            if one.model is None or not one.to_train:
+                continue
             # several ranks train it together, each on a device of its own
-            where = begun.teacher_device if ranks.size == 1 else begun.device
-            begun.model, resumed["teacher"] = train_teacher(job, begun.model, where, progress, stop, cost)
-            begun.columns = None
-            if begun.answers is not None:
-                before = len(begun.notes)
-                keep(begun, None)
-                for note in begun.notes[before:]:
+            where = one.teacher_device if ranks.size == 1 else one.device
+            one.model, resumed[alone.role] = train_teacher(alone, one.model, where, progress, stop, cost)
+            one.columns = None
+            if one.answers is not None:
+                before = len(one.notes)
+                keep(one, None)
+                for note in one.notes[before:]:
                     progress.say(note)
+                    if begun.members:
+                        begun.notes.append(note)
+        begun.prepare()
         environment = recorded[1] if recorded is not None else {}
         known = "choices" in environment
 
@@ -171,57 +184,62 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
 
         asked = recorded[0] if recorded is not None and known else recipe
         begun.parts.ranks = ranks.own  # what is evaluated from here on is evaluated by those who hold it
+        each: list[Teacher] = []
+        chosen: list[tuple[Engine, dict[str, Any]] | None] = []
         try:
-            teacher, choices = _teacher_at_work(job, begun, meter, progress, between, asked)
+            for one, alone in zip(begun.taught, _jobs(replace(job, recipe=asked)), strict=True):
+                one.parts.ranks = ranks.own
+                at_work, how = _teacher_at_work(alone, one, meter, progress, between)
+                each.append(at_work)
+                chosen.append(how)
         except Interrupted:
             cost.keep()  # of the part that was not finished too
             raise
-        cost.cached = teacher if isinstance(teacher, CachedTeacher | TableTeacher) else None
+        mixing = Mixing.of(recipe) if len(each) > 1 else None
+        teacher = each[0] if len(each) == 1 else None if mixing is None else Ensemble(each, mixing, begun.device)
+        cost.cached = [one for one in each if isinstance(one, CachedTeacher | TableTeacher)]
         shared = Shared(begun.parts, Engine(begun.device), teacher, begun.notes, environment, progress, stop, cost, resumed, ranks)
-        if begun.table is not None and begun.table.test is not None:
-            shared.teacher_logits = begun.table.test if begun.columns is None else begun.table.test[:, begun.columns]
-            shared.teacher_figures = {
-                "metrics": metrics(shared.teacher_logits, data.test.labels),
-                **_UNMEASURED,
-                "from": str(begun.table.path),
-            }
-        if begun.answers is not None:
-            shared.teacher_logits, shared.teacher_figures = _teacher_on_record(begun, shared, meter)
+        shared.mixing = mixing
+        shared.told = [_teacher_on_record(one, shared) for one in begun.taught]
+        if meter is not None and not asked_in_the_loop(teacher):
+            meter.close()
         if recorded is None or not known:
-            engines = {"teacher": choices[0]} if choices is not None else {}
-            engines["student"], why = engine_from_main(ranks, partial(_student_choice, job, begun, teacher, progress), begun.device)
+            engine, why = engine_from_main(ranks, partial(_student_choice, job, begun, teacher, progress), begun.device)
+            engines = [None if how is None else how[0] for how in chosen]
             workers, reason = ranks.from_main(
                 lambda: choose_workers(job.recipe.train.workers, data.train, begun.parts.augment, ranks.local_size)
             )
             seat = begun.seat
             place = "same" if seat is None else seat.placement
-            recipe = resolved(recipe, engines, workers, why["accumulate"]["value"], placement=place, several=ranks.size > 1)
+            recipe = resolved(recipe, engine, engines, workers, why["accumulate"]["value"], placement=place, several=ranks.size > 1)
             device = begun.device.type
             record = {
-                **(
-                    {}
-                    if choices is None
-                    else {"teacher": choices[1], "teacher_cache": dict(zip(("kept", "reason"), begun.cached, strict=True))}
-                ),
+                **_teacher_choices(begun.taught, chosen),
                 **({} if seat is None else {"teacher_placement": {"value": seat.placement, "reason": seat.reason}}),
                 **why,
                 "workers": {"value": workers, "reason": reason},
                 "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
                 **_blocks(begun.student, recipe),
             }
-            environment = {**provenance(), **_where(engines, begun.device, ranks), "choices": record, "facts": begun.facts, **launched_by()}
+            environment = {
+                **provenance(),
+                **_where(engine, engines, begun.device, ranks),
+                "choices": record,
+                "facts": begun.facts,
+                **launched_by(),
+            }
             if ranks.main:
                 # The recipe first: choices that stand in the environment are taken from the recipe on resume.
                 write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
                 write_json(job.out / "environment.json", environment)
         else:
             recipe = recorded[0]
-            engines = explicit(recipe, begun.device)
+            engine = explicit(recipe, begun.device)
             environment = {**environment, "world_size": ranks.size, "threads": torch.get_num_threads()}
         begun.parts.recipe = recipe
         if isinstance(teacher, Ahead) and teacher.live is None:
             begun.model = None  # it was looked at; it teaches elsewhere
-        shared.engine, shared.environment = engines["student"], environment
+        shared.engine, shared.environment = engine, environment
         result = _many_seeds(job, recipe, shared) if job.seeds > 1 else _one_seed(job, job.out, recipe, begun.student, shared)
     if meter is not None:
         meter.close()
@@ -230,12 +248,27 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     return result
 
 
+def _jobs(job: Job) -> list[Job]:
+    """The job of each teacher, as if it were the only one."""
+    return [job] if len(job.teachers) == 1 else [of_member(job, number) for number in range(len(job.teachers))]
+
+
+def _teacher_choices(taught: Sequence[Begun], chosen: Sequence[tuple[Engine, dict[str, Any]] | None]) -> dict[str, Any]:
+    """How each teacher was found to run, and whether its answers are kept, for the record."""
+    record: dict[str, Any] = {}
+    for number, (one, how) in enumerate(zip(taught, chosen, strict=True)):
+        if how is not None:
+            suffix = f"-{number}" if len(taught) > 1 else ""
+            record |= {f"teacher{suffix}": how[1], f"teacher_cache{suffix}": dict(zip(("kept", "reason"), one.cached, strict=True))}
+    return record
+
+
 def _teacher_at_work(
-    job: Job, begun: Begun, meter: Meter | None, progress: Progress, between: Callable[[], None], recipe: Recipe
-) -> tuple[Teacher | None, tuple[Engine, dict[str, Any]] | None]:
-    """The teacher of the loop, and how it runs (or ran, when it was asked) and why. Fills what its cache lacks."""
-    if begun.known is None:
-        return None, None
+    job: Job, begun: Begun, meter: Meter | None, progress: Progress, between: Callable[[], None]
+) -> tuple[Teacher, tuple[Engine, dict[str, Any]] | None]:
+    """A teacher of the loop, and how it runs (or ran, when it was asked) and why. Fills what its cache lacks. job, begun: as if it were the only
+    one."""
+    recipe = job.recipe
     device, model, answers, ranks = begun.teacher_device, begun.model, begun.answers, job.ranks
     if begun.table is not None:
         return begun.table, None
@@ -290,7 +323,7 @@ def _student_choice(job: Job, begun: Begun, teacher: Teacher | None, progress: P
         lent, told = read_recipe(lender), f"as measured in {lender.name}"
         cut = {"value": lent.train.accumulate, "reason": told if train.accumulate == "auto" else given}
         why = {"measured": [], "reason": told if train.precision == "auto" else given}
-        return explicit(lent, begun.device)["student"], {"student": why, "accumulate": cut}
+        return explicit(lent, begun.device), {"student": why, "accumulate": cut}
     engine, accumulate, why_so, cut_so = how_to_train(
         recipe,
         begun.student,
@@ -309,6 +342,8 @@ def _to_measure_with(begun: Begun, teacher: Teacher | None) -> Teacher | None:
     """A teacher that answers at once: its copy in this process, that was looked at, where it sits on other ranks."""
     if not asked_in_the_loop(teacher):
         return teacher
+    if isinstance(teacher, Ensemble):  # beside the student
+        return teacher
     live = live_of(teacher)
     if live is None:
         assert begun.model is not None
@@ -322,26 +357,32 @@ def _blocks(student: Model, recipe: Recipe) -> dict[str, Any]:
     return {"gradient_checkpointing": {"value": list(found.names), "reason": found.reason}} if found.names else {}
 
 
-def _teacher_on_record(begun: Begun, shared: Shared, meter: Meter | None) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """The teacher's logits and figures on the test split, from its cache; a teacher that is loaded is measured, and then let go."""
-    assert begun.answers is not None
+def _teacher_on_record(begun: Begun, shared: Shared) -> Told | None:
+    """A teacher's logits and figures on the test split, from its cache or file; None where there are none, or it is asked in the loop. One that is
+    loaded to fill its cache is measured, and then let go."""
+    labels, parts = begun.parts.data.test.labels, begun.parts
+    if begun.table is not None:
+        if begun.table.test is None:
+            return None
+        logits = begun.table.test if begun.columns is None else begun.table.test[:, begun.columns]
+        return logits, {"metrics": metrics(logits, labels), **_UNMEASURED, "from": str(begun.table.path)}
+    if begun.answers is None:
+        return None
     logits, model = begun.answers.test_logits(begun.columns), begun.model
-    found = metrics(logits, begun.parts.data.test.labels)
+    found = metrics(logits, labels)
     kept = begun.answers.figures(begun.device)
-    if model is None or begun.parts.ranks.from_main(lambda: kept["latency_ms"] is not None):
+    if model is None or parts.ranks.from_main(lambda: kept["latency_ms"] is not None):
         begun.model = None
         return logits, {"metrics": found, **kept}
     shared.stop.between("the teacher is measured")
     measured: dict[str, Any] = {}
-    if begun.parts.ranks.main:
+    if parts.ranks.main:
         exact = replace(shared.exact, device=begun.teacher_device)
         exact.place(model.module)
-        measured = measures(model, begun.parts.samples(model.preprocessing), exact)
+        measured = measures(model, parts.samples(model.preprocessing), exact)
         begun.answers.keep_figures(measured, exact.device)
         if exact.device.type != begun.device.type:
             measured |= _ELSEWHERE
-    if meter is not None:
-        meter.close()
     begun.model = None
     return logits, {"metrics": found, **measured}
 
@@ -368,8 +409,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
         baseline = replace(student, module=copy.deepcopy(student.module)) if teacher is not None and recipe.baseline else None
         stop.between("the training of the student")
         trained["student"] = train_role("student", folder, recipe, student, parts.objective(recipe.seed), teacher, shared, log)
-        live = live_of(teacher)
-        if live is not None:
+        for live in lives_of(teacher):
             live.check_untouched()
         if baseline is not None:
             stop.between("the training of the baseline")
@@ -390,7 +430,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
 
         logits: dict[str, np.ndarray[Any, Any]] = {}
         measured: dict[str, Any] = {}
-        if asked_in_the_loop(teacher) or shared.teacher_logits is not None:
+        if shared.teacher is not None and (asked_in_the_loop(teacher) or None not in shared.told):
             stop.between("the evaluation of the teacher")
             logits["teacher"], measured["teacher"] = _evaluate_teacher(shared)
         for role in ("baseline", "student"):  # the student last: its weights stay in the module
@@ -483,32 +523,52 @@ def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks, engine: Eng
     return Trained(0, 0.0, 0), snapshot(baseline.module)
 
 
-def _evaluate_teacher(shared: Shared) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """The teacher on the test split, in full precision, once for all seeds, by those who hold it; then it goes back to how it teaches."""
-    teacher, parts, ranks = live_of(shared.teacher), shared.parts, shared.ranks
-    if shared.teacher_logits is None:
-        if teacher is not None:
-            exact = replace(shared.exact, device=teacher.engine.device)
-            with teacher.placed(exact):
-                start = time.perf_counter()
-                logits = parts.logits(teacher.model, parts.data.test, exact)
-                teacher.meter.add(time.perf_counter() - start, exact.device)
-                shared.teacher_logits = teacher.in_data_order(logits)
-                if parts.ranks.main:
-                    samples = parts.samples(teacher.model.preprocessing)
-                    shared.teacher_figures = figures(teacher.model, shared.teacher_logits, parts.data.test.labels, samples, exact)
-                    if exact.device.type != shared.exact.device.type:
-                        shared.teacher_figures |= _ELSEWHERE
-            teacher.check_untouched()
+def _evaluate_teacher(shared: Shared) -> Told:
+    """The teacher on the test split, in full precision, once for all seeds, by those who hold it; then it goes back to how it teaches. Several are
+    evaluated one by one, and as what they say together."""
+    parts, ranks = shared.parts, shared.ranks
+    each = shared.teacher.members if isinstance(shared.teacher, Ensemble) else [shared.teacher]
+    for number, (teacher, known) in enumerate(zip(each, shared.told, strict=True)):
+        if known is not None:
+            continue
+        live = live_of(teacher)
+        shared.told[number] = told = None if live is None else _evaluate_live(live, parts, shared.exact)
         if ranks.teachers:
-            shared.teacher_logits, shared.teacher_figures = _told_by_teachers(ranks, shared.teacher_logits, shared.teacher_figures)
-    assert shared.teacher_logits is not None
-    return shared.teacher_logits, shared.teacher_figures
+            shared.told[number] = _told_by_teachers(ranks, *(told or (None, {})))
+    told_by = [told for told in shared.told if told is not None]
+    if shared.mixing is None:
+        return told_by[0]
+    logits = shared.mixing.at_one()([torch.from_numpy(own) for own, _ in told_by]).numpy()
+    figures = [own for _, own in told_by]
+    together = {name: _sum([own.get(name) for own in figures]) for name in ("parameters", "bytes", "flops")}
+    members = [{"model": spec.model, **own} for spec, own in zip(parts.recipe.teachers, figures, strict=True)]
+    return logits, {**_UNMEASURED, "metrics": metrics(logits, parts.data.test.labels), **together, "members": members}
 
 
-def _told_by_teachers(
-    ranks: Ranks, logits: np.ndarray[Any, Any] | None, found: dict[str, Any]
-) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Unknown where one of them is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _evaluate_live(teacher: LiveTeacher, parts: Parts, engine: Engine) -> Told:
+    """A teacher that this process holds, on its own device."""
+    exact = replace(engine, device=teacher.engine.device)
+    found: dict[str, Any] = {}
+    with teacher.placed(exact):
+        start = time.perf_counter()
+        raw = parts.logits(teacher.model, parts.data.test, exact)
+        teacher.meter.add(time.perf_counter() - start, exact.device)
+        logits = teacher.in_data_order(raw)
+        if parts.ranks.main:
+            found = figures(teacher.model, logits, parts.data.test.labels, parts.samples(teacher.model.preprocessing), exact)
+            if exact.device.type != engine.device.type:
+                found |= _ELSEWHERE
+    teacher.check_untouched()
+    return logits, found
+
+
+def _told_by_teachers(ranks: Ranks, logits: np.ndarray[Any, Any] | None, found: dict[str, Any]) -> Told:
     """What the first rank that teaches has measured, on every rank."""
     source = ranks.size - ranks.teachers
     shape, told = ranks.told(lambda: [list(logits.shape) if logits is not None else None, found], source)
@@ -550,8 +610,9 @@ def _many_seeds(job: Job, recipe: Recipe, shared: Shared) -> dict[str, Any]:
     return dict(job.ranks.from_main(lambda: finite(result)))
 
 
-def _where(engines: dict[str, Engine], device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    student = engines["student"]
+def _where(student: Engine, teachers: Sequence[Engine | None], device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    asked = [engine for engine in teachers if engine is not None]
+    ways = {"precision": [engine.precision for engine in asked], "layout": [engine.layout for engine in asked]}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "device": str(device),
@@ -560,8 +621,7 @@ def _where(engines: dict[str, Engine], device: torch.device, ranks: Ranks) -> di
         "world_size": ranks.size,
         "precision": student.precision,
         "layout": student.layout,
-        "teacher_precision": engines["teacher"].precision if "teacher" in engines else None,
-        "teacher_layout": engines["teacher"].layout if "teacher" in engines else None,
+        **{f"teacher_{what}": None if not each else each[0] if len(teachers) == 1 else each for what, each in ways.items()},
     }
 
 

@@ -42,15 +42,15 @@ class Teacher(Protocol):
 
 
 class Meter:
-    """Counts the samples of every forward pass of a module, for whatever purpose, and the seconds that teaching took.
+    """Counts the samples of every forward pass of some modules, for whatever purpose, and the seconds that teaching took.
 
     ``seconds`` is None on CUDA, where a call returns before its work is done.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
         self.items = 0
         self.seconds: float | None = 0.0
-        self._handle = module.register_forward_hook(self._count)
+        self._handles = [module.register_forward_hook(self._count) for module in modules]
 
     def _count(self, module: nn.Module, arguments: Any, outputs: Any) -> None:
         self.items += len(logits_of(outputs))
@@ -59,7 +59,8 @@ class Meter:
         self.seconds = None if device.type == "cuda" or self.seconds is None else self.seconds + seconds
 
     def close(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 class LiveTeacher:

@@ -27,6 +27,8 @@ __all__ = [
     "SparseLogits",
     "TensorPreprocessing",
     "TextPreprocessing",
+    "member_input",
+    "of_member",
 ]
 
 QKV = "q,k,v"
@@ -48,7 +50,8 @@ class Batch:
     made of (a sample's id, with mixup its partner's too), by which a teacher's answers are kept; None means the ids. labels: ``(B,)`` int64
     with -1 for unlabelled, or ``(B, C)`` float probabilities after mixup (rows of zeros for unlabelled). mask: ``(B,)`` bool, the valid items.
     ``teacher`` is the same object as
-    ``student`` where both want the same preparation, and None where nobody will ask the teacher.
+    ``student`` where both want the same preparation, and None where nobody will ask the teacher. Of several teachers it has the inputs of each, under
+    names of :func:`of_member`.
     """
 
     ids: np.ndarray[Any, np.dtype[np.uint64]]
@@ -103,6 +106,17 @@ class Batch:
         if self.teacher is not None:
             teacher = student if self.teacher is self.student else {k: v.pin_memory() for k, v in self.teacher.items()}
         return Batch(self.ids, self.view, student, teacher, self.labels.pin_memory(), self.mask.pin_memory(), self.keys)
+
+
+def member_input(number: int, name: str) -> str:
+    """Under which name ``Batch.teacher`` has an input of one of several teachers."""
+    return f"{number}:{name}"
+
+
+def of_member(batch: Batch, number: int) -> Inputs | None:
+    """What a batch has for one of several teachers; None where that one is not asked."""
+    own = member_input(number, "")
+    return {name.removeprefix(own): value for name, value in (batch.teacher or {}).items() if name.startswith(own)} or None
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def test_the_best_seed_comes_back_and_the_others_are_let_go(tmp_path: Path, monk
 
     def counted(*given: Any, **more: Any) -> Any:
         model = build(*given, **more)
-        if given[2] == "student":
+        if given[3] == "student":
             held.append(weakref.ref(model.module))
             gc.collect()
             alive.append(sum(ref() is not None for ref in held))

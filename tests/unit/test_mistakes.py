@@ -32,6 +32,7 @@ def breaks(num_classes):
 """
 
 GOOD = "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: digits\n"
+SEVERAL = GOOD.replace("teacher: python:models.py:net", "teacher: ['python:models.py:net', 'python:models.py:net']")
 PLACED = "teacher: {{model: 'python:models.py:net', placement: {}}}\nstudent: python:models.py:net\ndata: digits\n"
 TEXTS = "teacher: bert-large\nstudent: bert-base\n"
 DISTILL = ("distill", "--teacher", "python:models.py:net", "--student", "python:models.py:net")
@@ -77,7 +78,33 @@ READING = {
     "augment by a wrong name": recipe(GOOD.replace("digits", "{source: digits, augment: standrad}"), "data.augment", "'standard'"),
     "nothing but a teacher": recipe("teacher: a\n", "student: is missing", "data: is missing"),
     "no teacher": recipe("student: a\ndata: digits\n", "teacher: is missing", "limbeck train"),
-    "several teachers": recipe(GOOD.replace("teacher: python:models.py:net", "teacher: [a, b]"), "teacher", "one teacher"),
+    "several teachers": recipe(
+        SEVERAL + "ensemble: {avrage: logits, weights: [1]}\nteacher_cache: {codec: sparse}\n",
+        "3 problems",
+        "ensemble.avrage: no such key. Did you mean 'average'?",
+        "ensemble.weights: has 1 numbers, and there are 2 teachers",
+        "teacher_cache.codec: is sparse, which is for one teacher",
+    ),
+    "weights of nobody": recipe(SEVERAL + "ensemble: {weights: [0, 0]}\n", "ensemble.weights: is 0 for every teacher"),
+    "weights by a wrong name": recipe(SEVERAL + "ensemble: {weights: confidense}\n", "ensemble.weights", "Did you mean 'confidence'?"),
+    "two temperatures": recipe(
+        SEVERAL + "objective: [{loss: kd, temperature: 2}, {loss: dist}]\n", "ensemble.temperature: is to be given", "2.0, 1.0"
+    ),
+    "a temperature for logits": recipe(SEVERAL + "ensemble: {average: logits, temperature: 2}\n", "ensemble.temperature: has no effect"),
+    "layers of several": recipe(
+        SEVERAL + "objective: [{loss: kd}, {loss: hint, student: '1', teacher: '1'}]\n", "objective.1.loss: hint compares layers"
+    ),
+    "sigmoids of several": recipe(SEVERAL + "objective: [{loss: kd_sigmoid}]\n", "kd_sigmoid reads a probability of its own"),
+    "an ensemble of one": recipe(GOOD + "ensemble: {average: logits}\n", "ensemble: is for several teachers"),
+    "no teachers": recipe(GOOD.replace("teacher: python:models.py:net", "teacher: []"), "teacher: got []"),
+    "the second of several": recipe(
+        GOOD.replace("teacher: python:models.py:net", "teacher: [{model: timmy:x, placment: same}, {model: 'run:gone', placement: auto}]"),
+        "4 problems",
+        "teacher.0.placment: no such key. Did you mean 'placement'?",
+        "teacher.0.model: got 'timmy:x'",
+        "teacher.1.placement: is for one teacher",
+        "teacher.1.model: no such folder: 'gone'",
+    ),
     "an empty section": recipe(GOOD + "train:\n", "train: got nothing"),
     # values
     "words for numbers": recipe(GOOD + "train: {epochs: abc, lr: fast}\n", "2 problems", "train.epochs", "'abc'", "train.lr", "'fast'"),

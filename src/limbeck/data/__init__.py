@@ -6,7 +6,7 @@ builder makes the batch, each model's inputs from the same view; a stream does s
 
 from __future__ import annotations
 
-from limbeck.data.batches import BatchBuilder, Plan, Request, StagedBuilder, StagedPlan, cuts, evaluation_requests, nested
+from limbeck.data.batches import BatchBuilder, Plan, Request, Several, StagedBuilder, StagedPlan, cuts, evaluation_requests, nested
 from limbeck.data.ids import groups, rows_of
 from limbeck.data.keys import view_keys
 from limbeck.data.load import FORMS, load_data
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Raw",
     "Request",
+    "Several",
     "Source",
     "Split",
     "StagedBuilder",

@@ -22,12 +22,15 @@ from limbeck.errors import LimbeckError, Problem, UsageError
 from limbeck.pixels import fit, normalise
 from limbeck.randomness import order, uniform
 from limbeck.recipe import Augment
-from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing
+from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing, member_input
 
 __all__ = ["BatchBuilder", "Plan", "Request", "StagedBuilder", "StagedPlan", "cuts", "evaluation_requests", "nested"]
 
 Int64 = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
+
+Several = tuple[Preprocessing | None, ...]
+"""How several teachers want their inputs."""
 
 _BUCKET = 50  # batches that are sorted by length together: long enough for little padding, short enough to stay random
 
@@ -215,7 +218,8 @@ class BatchBuilder:
     """Request to batch: a pure function that travels to loader workers by pickle.
 
     The view is made once, on raw samples; then each model gets it in its own resolution and normalisation. Where both models want the
-    same preparation, ``Batch.teacher`` is the same object as ``Batch.student``. ``dtype``: of normalised images and of mixed labels; float
+    same preparation, ``Batch.teacher`` is the same object as ``Batch.student``. ``teacher``: a tuple of several, None in it for one that is not
+    asked. ``dtype``: of normalised images and of mixed labels; float
     arrays keep their own.
     """
 
@@ -224,18 +228,19 @@ class BatchBuilder:
         split: Split,
         *,
         student: Preprocessing,
-        teacher: Preprocessing | None = None,
+        teacher: Preprocessing | Several | None = None,
         augment: Augment | None = None,
         data_seed: int = 0,
         num_classes: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         kind = split.source.kind
-        for role, wanted in (("student", student), ("teacher", teacher)):
+        teachers = teacher if isinstance(teacher, tuple) else (teacher,)
+        for role, wanted in (("student", student), *(("teacher", one) for one in teachers)):
             if wanted is not None and wanted.kind != kind:
                 raise UsageError(Problem(role, f"the model takes {wanted.kind} inputs, and the data is of kind {kind}."))
         self._ids, self._labels, self._rows = split.ids, split.labels, split.rows
-        self._student, self._teacher = student, teacher
+        self._student, self._teachers, self._several = student, teachers, isinstance(teacher, tuple)
         self._augment, self._seed, self._classes = augment, data_seed, num_classes
         self._float: type[np.floating[Any]] = np.float64 if dtype == torch.float64 else np.float32
         # tokens are all that is needed of text: the texts themselves stay behind
@@ -243,15 +248,16 @@ class BatchBuilder:
         self._tokens: dict[str, Tokens] = {}
         if isinstance(student, TextPreprocessing):
             self._tokens["student"] = tokens_of(split.source, student)
-        if isinstance(teacher, TextPreprocessing) and not self._shared:
-            self._tokens["teacher"] = tokens_of(split.source, teacher)
+        for number, wanted in enumerate(teachers):
+            if isinstance(wanted, TextPreprocessing) and not self._shared(wanted):
+                self._tokens[f"teacher {number}"] = tokens_of(split.source, wanted)
         if augment is not None:
             check_augment(augment, kind)
         self._partners = Partners(split, data_seed) if augment is not None and augment.mixup > 0 else None
 
-    @property
-    def _shared(self) -> bool:
-        a, b = self._student, self._teacher
+    def _shared(self, b: Preprocessing) -> bool:
+        """Whether a teacher takes what the student takes."""
+        a = self._student
         if isinstance(a, TextPreprocessing) and isinstance(b, TextPreprocessing):
             same = ("max_length", "inputs", "tokenizer_sha256", "pad_token_id")
             return all(getattr(a, name) == getattr(b, name) for name in same)
@@ -286,9 +292,14 @@ class BatchBuilder:
             return {name: torch.from_numpy(values)}
 
         student = prepare("student", self._student)
-        teacher: Inputs | None = None
-        if self._teacher is not None:
-            teacher = student if self._shared else prepare("teacher", self._teacher)
+        each = {
+            number: student if self._shared(wanted) else prepare(f"teacher {number}", wanted)
+            for number, wanted in enumerate(self._teachers)
+            if wanted is not None
+        }
+        teacher = each.get(0)
+        if self._several:
+            teacher = {member_input(i, name): value for i, inputs in each.items() for name, value in inputs.items()} or None
         ids = self._ids[rows]
         keys = ids if other is None else pair_ids(ids, self._ids[other])
         return Batch(ids, request.view, student, teacher, labels, torch.full((len(rows),), request.counted), keys)

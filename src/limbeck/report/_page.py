@@ -151,6 +151,20 @@ def results(run: Run) -> Table:
     return Table(["", *run.roles], rows)
 
 
+def members(run: Run) -> Table | None:
+    """Several teachers, each for itself."""
+    found = run.model("teacher").get("members")
+    if not isinstance(found, list):
+        return None
+    shown = [m for m in MEASURES if any(number(m.value(section({"m": one}, "m"))) is not None for one in found)]
+    rows: list[list[Cell | str]] = []
+    for i, one in enumerate(found):
+        own = section({"m": one}, "m")
+        name = Cell(f"teacher {i + 1} of {len(found)}", note=str(own.get("model") or ""))
+        rows.append([name, *(m.write(number(m.value(own))) for m in shown)])
+    return Table(["", *(m.name for m in shown)], rows)
+
+
 def data_sentence(run: Run) -> str:
     given = {k: number(v) for k, v in section(run.metrics, "data").items()}
     train, labelled, valid, test = (given.get(k) for k in ("train", "labelled", "valid", "test"))
@@ -371,6 +385,7 @@ def sections(run: Run) -> dict[str, Any]:
         "distilled": "teacher" in run.roles,
         "models": {"teacher": model_name(run, "teacher"), "student": model_name(run, "student")},
         "results": results(run),
+        "members": members(run),
         "data": data_sentence(run),
         "method": section(run.metrics, "interval").get("method"),
         "seeds": seed_table(run),
