@@ -34,7 +34,7 @@ ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks/results/methods"
 RUNS = ROOT / "runs/methods"
 SEEDS = (0, 1, 2)
-PAIRS, STEPS = 7, 20
+PAIRS = 7
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def run_track(name: str, track: Track, only: list[str] | None, quick: bool) -> N
         chosen = {**recipe, "objective": weighted(method, result["methods"][label]["weight"])}
         if quick:
             continue
-        result["methods"][label]["step"] = step_time(runs / "time", chosen, floor)
+        result["methods"][label]["step"] = step_time(runs / "time", chosen, floor, track.timed)
         keep(name, result, quick)
 
 
@@ -113,12 +113,12 @@ def first(run: Path) -> dict[str, Any]:
     return {"teacher": accuracy["teacher"][0], "baseline": accuracy["baseline"], "plain": accuracy["student"], "seeds": list(SEEDS)}
 
 
-def step_time(folder: Path, recipe: dict[str, Any], floor: dict[str, Any]) -> dict[str, Any]:
+def step_time(folder: Path, recipe: dict[str, Any], floor: dict[str, Any], steps: int) -> dict[str, Any]:
     """Milliseconds of a step with and without the teacher, in turns, and their ratio."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     quiet = {"baseline": False, "export": []}
-    common = {"steps": STEPS, "out": str(folder), "work": str(folder)}
+    common = {"steps": steps, "out": str(folder), "work": str(folder)}
     sides = [
         Side("method", "limbeck_side.py", {**common, "name": "method", "recipe": {**recipe, **quiet}}),
         Side("floor", "limbeck_side.py", {**common, "name": "floor", "recipe": {**floor, **quiet}}),
@@ -133,7 +133,7 @@ def step_time(folder: Path, recipe: dict[str, Any], floor: dict[str, Any]) -> di
     finally:
         for side in sides:
             side.close()
-    return {**measuring.ratio(seconds["method"], seconds["floor"]), "floor_ms": 1000 * measuring.median(seconds["floor"]) / STEPS}
+    return {**measuring.ratio(seconds["method"], seconds["floor"]), "floor_ms": 1000 * measuring.median(seconds["floor"]) / steps}
 
 
 def weighted(method: Method, weight: float) -> list[dict[str, Any]]:
