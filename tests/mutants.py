@@ -444,6 +444,23 @@ MUTANTS = (
         "number: student",
         BATCHES,
     ),
+    # --- exits
+    Mutant("ofa-counts-the-label-twice", "losses/exits.py", "** gamma - chosen", "** gamma", LOSSES),
+    Mutant("ofa-enhances-every-class", "losses/exits.py", "(p + chosen) ** gamma", "(p + 1) ** gamma", LOSSES),
+    Mutant(
+        "exits-read-padding",
+        "losses/exits.py",
+        "there = mask.to(x.dtype)[..., None]",
+        "there = mask.to(x.dtype)[..., None] * 0 + 1",
+        LOSSES,
+    ),
+    Mutant(
+        "byot-teaches-the-last-layer",
+        "losses/exits.py",
+        "log_softmax(raised(logits).detach(), t)",
+        "log_softmax(raised(logits), t)",
+        LOSSES,
+    ),
     # --- several teachers
     Mutant("probabilities-averaged-at-one", "ensemble.py", "(each / self.temperature).log_softmax(-1)", "each.log_softmax(-1)", ENSEMBLE),
     Mutant("averaged-probabilities-not-softened-back", "ensemble.py", ".logsumexp(0) * self.temperature", ".logsumexp(0)", ENSEMBLE),

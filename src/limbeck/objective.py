@@ -217,7 +217,7 @@ class Objective(nn.Module):
                     if parameter.per_class and values.get(parameter.name) is not None:
                         values[parameter.name] = _per_class(parameter.name, values[parameter.name], classes, label_counts)
                 with forked(seed, "objective", name):
-                    built.append(_Term(name, term, values, shapes_student or {}, shapes_teacher or {}, population, seed))
+                    built.append(_Term(name, term, values, shapes_student or {}, shapes_teacher or {}, population, seed, len(classes)))
             except UsageError as error:
                 problems += [replace(p, where=f"objective.{i}.{p.where}") for p in error.problems]
         if problems:
@@ -384,6 +384,7 @@ class _Term(nn.Module):
         shapes_teacher: Shapes,
         population: Population | None,
         seed: int,
+        classes: int,
     ) -> None:
         super().__init__()
         self.name, self.term = name, term
@@ -415,7 +416,7 @@ class _Term(nn.Module):
         plain = {key: value for key, value in values.items() if key not in named and key != "layers"}
         self.values: dict[str, Any] = {}
         self._population, self._seed = population, seed
-        rows: list[int] = []
+        rows: list[int] = [classes] if self.entry.exits else []
         if "samples" in self.entry.reads:
             if population is None:
                 raise ValueError(f"{name} reads samples, and the training rows were not given")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 import limbeck
@@ -75,6 +76,37 @@ def test_every_loss_trains(mode: str, tmp_path: Path) -> None:
     for parts in steps:
         assert set(parts) == set(LOSSES)
         assert all(math.isfinite(part["loss"] if isinstance(part, dict) else part) for part in parts.values())
+
+
+def test_exits_learn_and_stay_behind(tmp_path: Path) -> None:
+    """A transformer teaches a convolutional student through exits; what leaves is the student alone, and a resumed run ends the same."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(48, 1, 4, 4, generator=g), torch.randint(0, 3, (48,), generator=g)
+    objective = [
+        {"loss": "cross_entropy"},
+        {"loss": "ofa"},
+        {"loss": "ofa_exits", "student": ["maps", "vector"]},
+        {"loss": "byot", "student": "look"},
+    ]
+
+    def run(out: str, **more: Any) -> Any:
+        torch.manual_seed(1)
+        return limbeck.distill(
+            student=Net(3), teacher=nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, batch_first=True), nn.Flatten(), nn.Linear(16, 3)),
+            train=(x[:32], y[:32]), test=(x[32:], y[32:]), objective=objective, baseline=False, export=["onnx"], epochs=2, batch_size=8,
+            out=tmp_path / out, progress="none", precision="float32", data_options={"valid_fraction": 0.25}, **more,
+        )  # fmt: skip
+
+    found = run("run")
+    assert {name.partition(".")[0] for name in found.student.state_dict()} == {"maps", "look", "vector", "even", "head"}
+    assert load_file(tmp_path / "run/student/model.safetensors").keys() == found.student.state_dict().keys()
+    plain = limbeck.train(
+        student=Net(3), train=(x[:32], y[:32]), test=(x[32:], y[32:]), objective=[objective[0], objective[3]], export=[], epochs=1,
+        batch_size=8, out=tmp_path / "plain", progress="none", precision="float32",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "plain" / "log.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line.get("terms", {})} == {"cross_entropy", "byot"}
+    assert "look.query.weight" in plain.student.state_dict()
 
 
 class Stages(nn.Module):

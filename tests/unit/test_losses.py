@@ -42,6 +42,7 @@ from limbeck.losses import (
     mse_logits,
     nkd,
     nst,
+    ofa,
     patient,
     pkt,
     rkd_angle,
@@ -87,15 +88,18 @@ def fit(entry: LossEntry, student: Any, teacher: Any) -> bool:
     if not entry.learned:
         return entry.fits is None or not entry.fits(student, teacher, example(entry))
     try:
-        entry.function(student, teacher, *rows_of(entry), **entry.example)
+        built(entry, (student, teacher), entry.example)
     except UsageError:
         return False
     return True
 
 
-def rows_of(entry: LossEntry) -> list[int]:
-    """What the constructor of a loss takes beside shapes."""
-    return [len(POPULATION)] * ("samples" in entry.reads)
+def built(entry: LossEntry, shapes: Any, values: dict[str, Any]) -> nn.Module:
+    """A loss that is a module, for features of these shapes."""
+    if entry.exits:
+        return entry.function(shapes[0], C, **values)  # type: ignore[no-any-return]
+    rows = [len(POPULATION)] * ("samples" in entry.reads)
+    return entry.function(*shapes, *rows, **values)  # type: ignore[no-any-return]
 
 
 def example(entry: LossEntry) -> dict[str, Any]:
@@ -147,8 +151,7 @@ def loss_of(kind: Kind, tensors: list[Tensor], **changed: Any) -> Callable[..., 
         paths = {p.name for p in kind.entry.parameters.values() if p.layer is not None}
         return lambda *x: kind.entry.function(*x, **{k: v for k, v in values.items() if k not in paths})
     torch.manual_seed(1)
-    module = kind.entry.function(*(tuple(x.shape) for x in tensors[:2]), *rows_of(kind.entry), **values)
-    return module.to(tensors[0].dtype)  # type: ignore[no-any-return]
+    return built(kind.entry, [tuple(x.shape) for x in tensors[:2]], values).to(tensors[0].dtype)
 
 
 def in_objective(
@@ -181,7 +184,7 @@ def in_objective(
 
 def batch_for(kind: Kind, tensors: list[Tensor], mask: Tensor) -> Batch:
     labels = tensors[kind.entry.reads.index("labels")] if "labels" in kind.entry.reads else torch.full((len(mask),), -1)
-    inputs = {"attention_mask": tensors[2]} if "mask" in kind.entry.reads else {"x": torch.zeros(len(mask), 1)}
+    inputs = {"attention_mask": tensors[kind.entry.reads.index("mask")]} if "mask" in kind.entry.reads else {"x": torch.zeros(len(mask), 1)}
     ids = IDS[tensors[2][:, 0]] if "samples" in kind.entry.reads else np.zeros((len(mask), 2), np.uint64)
     return Batch(ids, 0, inputs, None, labels, mask)
 
@@ -312,10 +315,11 @@ def test_the_teacher_gets_no_gradient(kind: Kind) -> None:
             x.requires_grad_()
     loss_of(kind, tensors)(*tensors).sum().backward()
     for read, x in zip(kind.entry.reads, tensors, strict=True):
-        if read.startswith("student"):
+        own_teacher = kind.entry.exits and read == "student.logits"  # the last layer teaches the earlier ones
+        if read.startswith("student") and not own_teacher:
             assert x.grad is not None
             assert float(x.grad.abs().max()) > 0
-        if read.startswith("teacher"):
+        if read.startswith("teacher") or own_teacher:
             assert x.grad is None
 
 
@@ -345,7 +349,7 @@ CORNERS = {  # logits of student and teacher; the label is class 0
     "huge": ([[1e15, 1.0, 0.0], [-1e15, 0.0, 1e15]], [[1e15, 0.0, 1.0], [0.0, -1e15, 1e15]]),
 }
 INFINITE = {("rkl", "a class that the teacher excludes"), ("mse_logits", "a class that the teacher excludes")}
-OF_LOGITS = [e for e in LOSSES.values() if "student.logits" in e.reads]
+OF_LOGITS = [e for e in LOSSES.values() if "student.logits" in e.reads and not e.exits]
 
 
 @pytest.mark.parametrize("corner", CORNERS)
@@ -370,6 +374,79 @@ def test_corners_of_logits_are_finite(entry: LossEntry, corner: str) -> None:
         (gradient,) = torch.autograd.grad(values.sum(), student)
         assert torch.isfinite(gradient).all(), gradient
         assert (gradient[torch.isneginf(student)] == 0).all()
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+@pytest.mark.parametrize("name", ["ofa_exits", "byot"])
+def test_an_exit_is_taught_by_any_logits(name: str, corner: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.tensor(CORNERS[corner][1], dtype=dtype)
+        torch.manual_seed(0)
+        features = torch.randn(len(logits), 6, dtype=dtype, requires_grad=True)
+        loss = LOSSES[name].function(tuple(features.shape), logits.shape[1], student="a").to(dtype)
+        values = loss(features, torch.ones(len(logits), 6), logits, torch.zeros(len(logits), dtype=torch.int64))
+        assert torch.isfinite(values).all()
+        for gradient in torch.autograd.grad(values.sum(), [features, *loss.parameters()]):
+            assert torch.isfinite(gradient).all()
+
+
+def test_ofa_is_the_authors_form() -> None:
+    rng = np.random.default_rng(3)
+    s, t, y = rng.normal(size=(N, C)), 4 * rng.normal(size=(N, C)), rng.integers(0, C, N)
+    for gamma, temperature in ((1.0, 1.0), (1.5, 1.0), (1.4, 2.0)):
+        want = []
+        for a, b, label in zip(s, t, y, strict=True):
+            p, q = softmax(b / temperature), softmax(a / temperature)
+            prod = np.array([(p[c] + (c == label)) ** gamma - (c == label) for c in range(C)])
+            want.append(-(prod * np.log(q)).sum())
+        got = ofa(torch.tensor(s), torch.tensor(t), torch.tensor(y), gamma=gamma, temperature=temperature)
+        np.testing.assert_allclose(got, want, rtol=1e-11)
+        spread = 0.1 / C + 0.9 * np.eye(C)[y]  # smoothed labels: the authors take the largest
+        np.testing.assert_allclose(ofa(torch.tensor(s), torch.tensor(t), torch.tensor(spread), gamma=gamma, temperature=temperature), want)
+    torch.testing.assert_close(ofa(torch.tensor(s), torch.tensor(t), torch.tensor(y)), soft_cross_entropy(torch.tensor(s), torch.tensor(t)))
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4, 4), (3, 20, 16), (5, 6)], ids=str)
+def test_an_exit_is_the_loss_of_its_logits(shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(N, *shape, generator=g, dtype=torch.float64)
+    mask = (torch.arange(shape[0]) < torch.randint(1, shape[0] + 1, (N, 1), generator=g)).long()
+    teacher, labels = torch.randn(N, C, generator=g, dtype=torch.float64), torch.randint(C, (N,), generator=g)
+    both = [LOSSES[name].function((N, *shape), C, student="a").double() for name in ("ofa_exits", "byot")]
+    for loss in both:
+        own = loss.exit(x, mask)
+        assert own.shape == (N, C)
+        if len(shape) == 3:
+            halvings = sum(isinstance(m, nn.Conv2d) and m.stride == (2, 2) for m in loss.modules())
+            assert halvings == {4: 0, 16: 2}[min(shape[1:])]  # 16 -> 8 -> 4
+        if len(shape) == 2:  # what stands at padding says nothing
+            torch.testing.assert_close(loss.exit(x.masked_fill(mask[..., None] == 0, 7.0), mask), own)
+            normed = nn.functional.layer_norm(x, (6,))
+            mean = torch.stack([row[:n].mean(0) for row, n in zip(normed, mask.sum(1), strict=True)])
+            torch.testing.assert_close(own, loss.exit.head(mean))
+    torch.testing.assert_close(both[0](x, mask, teacher, labels), ofa(both[0].exit(x, mask), teacher, labels))
+    own = both[1].exit(x, mask)
+    want = 0.5 * nn.functional.cross_entropy(own, labels, reduction="none") + 0.5 * kd(own, teacher, temperature=3.0)
+    torch.testing.assert_close(both[1](x, mask, teacher, labels), want)
+
+
+def test_several_exits_are_added_and_each_has_its_own() -> None:
+    shapes = {"a": (N, 6), "b": (N, 3, 8, 8)}
+    term = Term.model_validate({"loss": "ofa_exits", "student": ["a", "b"]})
+    objective = Objective.build([term], classes=[str(c) for c in range(C)], label_counts=[1] * C, shapes_student=shapes)
+    features = {name: torch.randn(shape) for name, shape in shapes.items()}
+    teacher, labels = torch.randn(N, C), torch.randint(C, (N,))
+    batch = Batch(np.zeros((N, 2), np.uint64), 0, {"x": torch.zeros(N, 1)}, None, labels, torch.ones(N, dtype=torch.bool))
+    loss, _ = objective(Outputs(torch.zeros(N, C), features), Signal(teacher), batch, progress=0.0, counts=objective.counts(batch))
+    exits: Any = objective.terms[0].loss  # type: ignore[union-attr]
+    want = sum(ofa(one.exit(x, torch.ones(N, 6)), teacher, labels).mean() for one, x in zip(exits, features.values(), strict=True))
+    torch.testing.assert_close(loss, want)
+    assert objective.student_needs.features == ("a", "b")
+    assert objective.teacher_needs.features == ()
+    with pytest.raises(UsageError, match="byot cannot make logits of a"):
+        Objective.build(
+            [Term.model_validate({"loss": "byot", "student": "a"})], classes=["x"], label_counts=[1], shapes_student={"a": (N,)}
+        )
 
 
 # --- every loss, through the objective ---------------------------------------------------------------------------------------------------
@@ -751,7 +828,7 @@ def test_losses_of_attention_are_loops_over_texts_and_heads() -> None:
         minilm(*given, heads=5)
 
 
-LAYERED = [e for e in LOSSES.values() if e.layers in ("mean", "sum")]
+LAYERED = [e for e in LOSSES.values() if e.layers in ("mean", "sum") and not e.exits]
 
 
 @pytest.mark.parametrize("entry", LAYERED, ids=lambda e: e.name)

@@ -10,6 +10,7 @@ from limbeck.losses._seam import AUTO, Layer, LossEntry, Parameter, PerClass, Sc
 from limbeck.losses._table import LOSSES
 from limbeck.losses.contrast import Crd
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
+from limbeck.losses.exits import Byot, OfaExits, ofa
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Review, Vid, attention_transfer, nst
@@ -20,12 +21,14 @@ from limbeck.losses.transformers import minilm, minilm_v2, patient, tinybert_att
 __all__ = [
     "AUTO",
     "LOSSES",
+    "Byot",
     "Correlation",
     "Cosine",
     "Crd",
     "Hint",
     "Layer",
     "LossEntry",
+    "OfaExits",
     "Ofd",
     "Parameter",
     "PerClass",
@@ -50,6 +53,7 @@ __all__ = [
     "mse_logits",
     "nkd",
     "nst",
+    "ofa",
     "patient",
     "pkt",
     "raised",

@@ -166,7 +166,8 @@ class LossEntry:
     where it can; modules say so themselves. sequences: it takes features by token, (N, T, D), whole, and counts samples. layers: how the loss
     was published for several pairs of layers, the mean or the sum of theirs, or ``together``: it is a module that is built from, and called with, a
     list of the student's and a list of the teacher's, from the first stage to the last; None where a term compares one pair. but_last: published
-    without the last pair. part: what of a layer it reads, where that is not its output (:data:`limbeck.types.QKV`). weight: the
+    without the last pair. exits: a module that makes logits of a layer of the student, built as ``function(student_shape, classes, *, parameters)``.
+    part: what of a layer it reads, where that is not its output (:data:`limbeck.types.QKV`). weight: the
     authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on
     what it compares, and one on when that helps. source: where it was published. cost: the work of one step beside the models' own, in N items,
     C classes, D features.
@@ -195,6 +196,7 @@ class LossEntry:
     layers: Literal["mean", "sum", "together"] | None = None
     but_last: bool = False
     part: str = ""
+    exits: bool = False
 
     @property
     def learned(self) -> bool:
@@ -215,7 +217,8 @@ class LossEntry:
     def needs(self) -> str:
         """What a run must have for it, in words."""
         which = "a layer of a transformer" if self.part else "a layer"
-        layers = [f"{which} of the student and of the teacher"] * ("student.features" in self.reads)
+        sides = " and of the teacher" * ("teacher.features" in self.reads)
+        layers = [f"{which} of the student{sides}"] * ("student.features" in self.reads)
         logits = ["the teacher's logits"] * ("teacher.logits" in self.reads)
         labels = ["one label a sample" if self.hard_labels else "labels"] * ("labels" in self.reads)
         batch = ["several samples at once"] * (not self.per_item)
@@ -234,13 +237,17 @@ class LossEntry:
         found = {**paths, **own}
         if self.layers is None:
             return found
-        more = "from the first stage to the last" if self.layers == "together" else f"pair by pair; the loss is then the {self.layers}"
+        sides = [p for p in found.values() if p.layer is not None]
+        each = "pair by pair; the loss" if len(sides) > 1 else "an exit on each; the loss"
+        more = "from the first stage to the last" if self.layers == "together" else f"{each} is then the {self.layers}"
         several = {
             name: replace(p, annotation=_Several, allowed=f"{p.allowed}, or a list of them, {more}")
             for name, p in found.items()
             if p.layer is not None
         }
         said = "auto, in place of student and teacher: the same stages of CNNs, evenly spaced layers of transformers"
+        if len(sides) < 2:  # there is no pair to be found
+            return {**several, **{name: p for name, p in found.items() if name not in several}}
         auto = Parameter("layers", Literal["auto"] | None, None, said, schedulable=False, per_class=False, layer=None)
         return {**several, auto.name: auto, **{name: p for name, p in found.items() if name not in several}}
 

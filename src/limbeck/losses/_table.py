@@ -5,6 +5,7 @@ from __future__ import annotations
 from limbeck.losses._seam import LossEntry, of_maps, of_samples
 from limbeck.losses.contrast import Crd
 from limbeck.losses.divergences import fkl, hard, jsd, kd_sigmoid, mse_logits, rkl, soft_cross_entropy
+from limbeck.losses.exits import Byot, OfaExits, ofa
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Review, Vid, attention_transfer, nst
@@ -448,6 +449,48 @@ _ROWS = (
         cost="N D channels",
         weight=0.001,
         example={"student": "layer3", "teacher": "layer3", "projector": "conv"},
+    ),
+    LossEntry(
+        name="ofa",
+        function=ofa,
+        reads=("student.logits", "teacher.logits", "labels"),
+        per_item=True,
+        zero_at=None,
+        shift_invariant=True,
+        summary="Match the teacher's probabilities, the labelled class louder where it is sure. Beside exits, for a teacher of another architecture.",
+        source="Hao et al. 2023 (OFA-KD), arXiv:2310.19444",
+        cost="N C",
+        example={"gamma": 1.5},
+    ),
+    LossEntry(
+        name="ofa_exits",
+        function=OfaExits,
+        reads=("student.features", "mask", "teacher.logits", "labels"),
+        per_item=True,
+        zero_at=None,
+        shift_invariant=True,
+        summary="Teach the student's layers through exits in the space of logits. For a transformer that teaches a CNN, and the other way round.",
+        source="Hao et al. 2023 (OFA-KD), arXiv:2310.19444",
+        cost="N D C an exit, and its convolutions",
+        example={"student": "layer3", "gamma": 1.5},
+        sequences=True,
+        layers="sum",
+        exits=True,
+    ),
+    LossEntry(
+        name="byot",
+        function=Byot,
+        reads=("student.features", "mask", "student.logits", "labels"),
+        per_item=True,
+        zero_at=None,
+        shift_invariant=True,
+        summary="Teach exits on earlier layers by labels and by the last layer. Where there is no teacher: the student becomes its own.",
+        source="Zhang et al. 2019 (Be Your Own Teacher), arXiv:1905.08094",
+        cost="N D C an exit, and its convolutions",
+        example={"student": "layer3", "alpha": 0.5},
+        sequences=True,
+        layers="sum",
+        exits=True,
     ),
 )
 
