@@ -49,6 +49,7 @@ OPTIMIZER = ("unit/test_optimizer.py",)
 RESUME = ("unit/test_loop.py::test_a_stop_at_every_step_ends_in_the_same_bytes",)
 KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log",)
 TEACHER = ("unit/test_teacher.py",)
+PEERS = ("e2e/test_peers.py",)
 ENSEMBLE = ("unit/test_ensemble.py",)
 OF_TEACHERS = ("e2e/test_ensemble.py::test_the_teacher_of_the_report_is_what_they_say_together",)
 FORGETS = ("e2e/test_ensemble.py::test_a_member_goes_on_as_it_began",)
@@ -461,6 +462,19 @@ MUTANTS = (
         "log_softmax(raised(logits), t)",
         LOSSES,
     ),
+    # --- students that learn together
+    Mutant("peers-are-pulled-to-what-they-teach", "losses/peers.py", "log_p, count = log_q.detach()", "log_p, count = log_q", LOSSES),
+    Mutant(
+        "mutual-not-divided-by-the-others",
+        "losses/peers.py",
+        "torch.stack(pairs).sum(0) / (count - 1)",
+        "torch.stack(pairs).sum(0)",
+        LOSSES,
+    ),
+    Mutant("the-worst-student-teaches", "losses/peers.py", "wrong.argmin(1)", "wrong.argmax(1)", LOSSES),
+    Mutant("min-logit-of-raw-logits", "losses/peers.py", "(told - told.gather(2, at)).amin(1)", "told.amin(1)", LOSSES),
+    Mutant("peers-begin-as-the-student", "_begin.py", 'own = seed_for(seed, "peer", number)', "own = seed", PEERS),
+    Mutant("a-baseline-of-its-own-feed", "_parts.py", "if taught and self.labelled is not", "if self.labelled is not", PEERS),
     # --- several teachers
     Mutant("probabilities-averaged-at-one", "ensemble.py", "(each / self.temperature).log_softmax(-1)", "each.log_softmax(-1)", ENSEMBLE),
     Mutant("averaged-probabilities-not-softened-back", "ensemble.py", ".logsumexp(0) * self.temperature", ".logsumexp(0)", ENSEMBLE),

@@ -32,6 +32,7 @@ from limbeck.losses import AUTO
 from limbeck.models import Model, build_model, class_map, pair_layers, sources, validate_paths, which_blocks
 from limbeck.objective import Objective, StagedObjective, needs_of, with_pairs
 from limbeck.placement import Seat, check_seat, seat_of
+from limbeck.randomness import seed_for
 from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Ensemble, Recipe, TeacherSpec
 from limbeck.run import (
@@ -74,7 +75,7 @@ class Job:
     lender: a finished run of the same student, data and training, whose baselines (by seed), and what it chose for the student by measuring, are this
     run's too.
     ranks: the processes that share the work, all of which hold the same job. plan: it is only planned, by a single process. number: which of several
-    teachers this is the job of (:func:`of_member`).
+    teachers this is the job of (:func:`of_member`). build_peers: seed -> what learns beside the student, with initial weights of their own.
     """
 
     recipe: Recipe
@@ -91,6 +92,7 @@ class Job:
     ranks: Ranks = ALONE
     plan: bool = False
     number: int | None = None
+    build_peers: Callable[[int], list[Model]] = lambda seed: []
 
     @property
     def role(self) -> str:
@@ -131,6 +133,7 @@ def job_of(
         data=data,
         build_student=lambda seed: build_model(recipe.student, role="student", data=data, seed=seed, base=base, max_length=length),
         teachers=tuple(map(source, recipe.teachers)),
+        build_peers=lambda seed: peers_of(recipe, data, base, seed),
         out=out,
         resume=resume,
         seeds=seeds,
@@ -138,6 +141,20 @@ def job_of(
         uses=uses,
         lender=lender,
     )
+
+
+def peers_of(recipe: Recipe, data: Data, base: Path, seed: int) -> list[Model]:
+    """What learns beside the student of a recipe. Raises: UsageError for one that cannot be built."""
+    found, length = [], recipe.data.max_length
+    for number, spec in enumerate(recipe.student.peers):
+        own = seed_for(seed, "peer", number)
+        try:
+            found.append(build_model(spec, role="student", data=data, seed=own, base=base, max_length=length))
+        except UsageError as error:
+            raise UsageError(
+                [replace(p, where=p.where.replace("student", f"student.peers.{number}", 1)) for p in error.problems]
+            ) from error
+    return found
 
 
 @dataclass
@@ -217,6 +234,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
         recipe = _settled(recipe, pairs)
         job = replace(job, recipe=recipe)
     parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=has_batch_statistics(student), ranks=job.ranks)
+    parts.build_peers = job.build_peers
     begun = Begun(device, student, parts, None, [], {}, pairs=pairs)  # type: ignore[arg-type]
     if pairs:
         named = ", ".join(f"{ours} with {theirs}" for ours, theirs in pairs)
@@ -325,6 +343,7 @@ def _several(job: Job, label: bool) -> Begun:
         None if any(count is None for count in counts) else sum(count for count in counts if count is not None),
     )
     parts = Parts(job.recipe, job.data, student.preprocessing, None, batch_statistics=first.parts.batch_statistics, ranks=job.ranks)
+    parts.build_peers = job.build_peers
     notes = dict.fromkeys(note for one in members for note in one.notes)
     facts = {**first.facts, "teacher": [one.facts["teacher"] for one in members]}
     begun = Begun(first.device, student, parts, first.objective, list(notes), facts, known=together, members=tuple(members))

@@ -72,7 +72,7 @@ def with_accumulate(recipe: Recipe, accumulate: int) -> Recipe:
 def copies_of(recipe: Recipe, device: torch.device) -> int:
     """How many copies of the student's weights a run holds on the device beside the one that learns."""
     here = device.type == "cpu"  # elsewhere the baseline and the best epoch wait in the host's memory
-    held = [here and recipe.baseline and recipe.teacher is not None, recipe.train.ema is not None, here and recipe.train.select == "best"]
+    held = [here and recipe.baseline, recipe.train.ema is not None, here and recipe.train.select == "best"]
     return sum(held)
 
 

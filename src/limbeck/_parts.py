@@ -22,6 +22,7 @@ from limbeck.data import (
     augmentation,
     evaluation_requests,
     nested,
+    same_inputs,
     token_lengths,
     view_keys,
 )
@@ -65,6 +66,7 @@ class Parts:
         # without augmentation every view of a sample is the same
         self.views = 1 if self.augment is None else None if views == "live" else views
         self.batch_statistics = batch_statistics  # of the model that is trained: a last batch of one sample is then left out
+        self.build_peers: Callable[[int], list[Model]] = lambda seed: []
         self.shapes_student: list[dict[str, tuple[int, ...]]] = []  # of each stage
         self.shapes_teacher: dict[str, tuple[int, ...]] = {}
 
@@ -191,9 +193,10 @@ class Parts:
     def baseline_feed(self, recipe: Recipe, *, workers: int = 0, pin_memory: bool = False) -> Feed:
         """What the baseline reads: the labelled rows, in each stage for as many optimiser steps of the same size as the student reads beside its
         teacher."""
-        beside = self.feed(recipe, with_teacher=True)
+        taught = recipe.teacher is not None
+        beside = self.feed(recipe, with_teacher=taught)
         plan = beside.plan
-        if self.labelled is not self.data.train:
+        if taught and self.labelled is not self.data.train:
             plans: list[Plan] = []
             first = 0
             for number, (own, stage) in enumerate(zip(beside.plan.plans, recipe.stages, strict=True)):
@@ -329,7 +332,9 @@ class Parts:
             raise UsageError([Problem("train.gradient_checkpointing", f"'{name}' {text}", "Leave it out.") for name in silent])
 
     def objective(self, seed: int) -> Objective | StagedObjective:
-        """The recipe's objective; projections are sized by :meth:`probe` and drawn from (seed, role)."""
+        """The recipe's objective; projections are sized by :meth:`probe` and drawn from (seed, role), and so are peers."""
+        read = any("peers.logits" in LOSSES[t.loss].reads for t in self.recipe.terms)
+        peers = self._peers(seed) if read else []
         return self._staged(
             lambda number, terms: Objective.build(
                 terms,
@@ -338,9 +343,26 @@ class Parts:
                 shapes_student=self._shapes(number),
                 shapes_teacher=self.shapes_teacher,
                 population=self.population if any("samples" in LOSSES[t.loss].reads for t in terms) else None,
+                peers=peers,
                 seed=seed,
             )
         )
+
+    def _peers(self, seed: int) -> list[Model]:
+        """What learns beside the student. Raises: UsageError for one that does not read what the student reads."""
+        peers = self.build_peers(seed)
+        problems = [
+            Problem(
+                f"student.peers.{number}",
+                "prepares its inputs in another way than the student (resolution, normalisation or tokenizer), and a peer reads the student's.",
+                "Choose models of one kind, e.g. without pretrained weights.",
+            )
+            for number, peer in enumerate(peers)
+            if not same_inputs(self.student, peer.preprocessing)
+        ]
+        if problems:
+            raise UsageError(problems)
+        return peers
 
     @cached_property
     def population(self) -> Population:

@@ -208,7 +208,7 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons["ensemble"] = "is for several teachers (teacher: [A, B])."
     elif value("ensemble.average") == "logits":
         reasons["ensemble.temperature"] = "has no effect where ensemble.average is logits, which are averaged as they are."
-    if command == "train":
+    if command == "train" or (not paths.teachers_of(data) and _self_taught(data)):
         reasons["teacher_cache"] = "has no effect without a teacher."
         reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."
     return reasons
@@ -275,14 +275,24 @@ def _roles(data: Given, value: Any, command: str) -> Iterable[Problem]:
     teacher = look(data, "teacher")
     if command == "train" and teacher not in (MISSING, None):
         yield Problem("teacher", "has no effect in `limbeck train`, which trains the student alone.", "Use `limbeck distill`.")
-    elif command == "distill" and teacher in (MISSING, None):
+    elif command == "distill" and teacher in (MISSING, None) and not _self_taught(data):
         yield Problem("teacher", "is missing: name the model to learn from (--teacher).", "To train without one, use `limbeck train`.")
     if command == "train" and look(data, "baseline") is True:
         yield Problem("baseline", "has no effect in `limbeck train`: a training has no baseline beside it.", "Leave it out.")
     for where, _ in paths.teachers_of(data):
         yield from paths.check_model(look(data, f"{where}.model"), f"{where}.model", "teacher")
-    yield from paths.check_model(look(data, "student.model"), "student.model", "student")
+    for where, _ in paths.students_of(data):
+        yield from paths.check_model(look(data, f"{where}.model"), f"{where}.model", "student")
     yield from _several(data, value)
+
+
+SELF_TAUGHT = ("byot", "mutual", "kdcl")
+"""Losses that teach without a teacher."""
+
+
+def _self_taught(data: Given) -> bool:
+    """Whether a student learns from itself or its peers."""
+    return any(isinstance(term, Mapping) and term.get("loss") in SELF_TAUGHT for terms in _objectives_of(data) for term in terms)
 
 
 def _several(data: Given, value: Any) -> Iterable[Problem]:

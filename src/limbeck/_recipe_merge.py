@@ -173,6 +173,9 @@ def expand_names(data: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(plain.get("teacher"), list):
         several = [{"model": spec} if isinstance(spec, str) else spec for spec in plain["teacher"]]
         plain["teacher"] = several[0] if len(several) == 1 and isinstance(several[0], dict) else several
+    student = plain.get("student")
+    if isinstance(student, dict) and isinstance(student.get("peers"), list):
+        student["peers"] = [{"model": spec} if isinstance(spec, str) else spec for spec in student["peers"]]
     for name in ("export", "track"):
         if isinstance(plain.get(name), str):
             plain[name] = [plain[name]]

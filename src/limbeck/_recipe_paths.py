@@ -130,11 +130,18 @@ def teachers_of(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [] if teacher is None else [("teacher", teacher)]
 
 
+def students_of(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The student of a recipe's mapping and its peers, each with where it stands."""
+    student = data.get("student")
+    peers = student.get("peers") if isinstance(student, Mapping) else None
+    return [("student", student), *((f"student.peers.{i}", one) for i, one in enumerate(peers if isinstance(peers, list) else []))]
+
+
 def absolute_paths(data: dict[str, Any], base: Path, only: Collection[str] | None = None) -> dict[str, Any]:
     """``data`` (a recipe's mapping) with the local paths in it made absolute against ``base``; ``only`` limits it to those keys and all within."""
     result = copy.deepcopy(data)
-    sections = [("student", result.get("student")), ("data", result.get("data")), ("teacher_cache", result.get("teacher_cache"))]
-    for where, holder in [*teachers_of(result), *sections]:
+    sections = [("data", result.get("data")), ("teacher_cache", result.get("teacher_cache"))]
+    for where, holder in [*teachers_of(result), *students_of(result), *sections]:
         for name, rewrite in _REWRITES[where.partition(".")[0]].items():
             wanted = only is None or any(f"{where}.{name}".startswith(f"{key}.") or f"{where}.{name}" == key for key in only)
             if wanted and isinstance(holder, dict) and isinstance(holder.get(name), str):
@@ -191,7 +198,7 @@ def _is_file_name(target: str) -> bool:
 def missing_files(data: dict[str, Any], base: Path) -> list[Problem]:
     """A problem for every file or folder that a recipe names and that is not there."""
     problems = []
-    for role, spec in [*teachers_of(data), ("student", data.get("student"))]:
+    for role, spec in [*teachers_of(data), *students_of(data)]:
         if not isinstance(spec, dict):
             continue
         head, rest = split_name(spec["model"]) if isinstance(spec.get("model"), str) else ("", "")
@@ -253,7 +260,7 @@ def _not_safetensors(name: str, where: str) -> list[Problem]:
 def from_python(data: dict[str, Any]) -> list[Problem]:
     """A problem for each name that stands for an object given from Python: a file or command line cannot hold one."""
     problems = []
-    for where, holder in [*teachers_of(data), ("student", data.get("student")), ("data", data.get("data"))]:
+    for where, holder in [*teachers_of(data), *students_of(data), ("data", data.get("data"))]:
         name = "source" if where == "data" else "model"
         value = holder.get(name) if isinstance(holder, dict) else None
         if isinstance(value, str) and (split_name(value)[0] == "module" or (where == "data" and source_kind(value) == "python")):

@@ -85,7 +85,8 @@ def seed_metrics(
         "interval": None
         if interval is None
         else {"student_minus_baseline": interval, "level": 0.95, "method": "paired bootstrap over test items"},
-        "verdict": verdict(models, interval, 1, "over the test items"),
+        "verdict": verdict(models, interval, 1, "over the test items", alone=recipe.teacher is None),
+        "distilled": recipe.teacher is not None,
         "validation": best[0] if best else None,
         "cost": {
             **cost,
@@ -135,7 +136,7 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         "interval": None
         if interval is None
         else {"student_minus_baseline": interval, "level": 0.95, "method": f"t interval over {count} paired seeds"},
-        "verdict": verdict(models, interval, count, f"over {count} seeds"),
+        "verdict": verdict(models, interval, count, f"over {count} seeds", alone=not results[best]["distilled"]),
         "cost": {k: _joined(k, [c[k] for c in costs]) for k in costs[0]},
         "best_seed": results[best]["seeds"][0],
         "validations": [r["validation"] for r in results],

@@ -13,10 +13,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from limbeck._begin import Job, TeacherSource
+from limbeck._begin import Job, TeacherSource, peers_of
 from limbeck._folder import already, goes_on, next_free, refuse_taken
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
+from limbeck.losses import LOSSES
 from limbeck.models import Model, build_model, call_factory, load_into, load_saved, sources, state_hash, wrap_module
 from limbeck.progress import Progress
 from limbeck.ranks import joined, refuse_lost_folder
@@ -97,13 +98,15 @@ def distill(
             student,
             teachers,
             {"data": data, "train": train, "test": test, "valid": valid, "unlabelled": unlabelled, "classes": classes},
-            {"temperature": temperature, "alpha": alpha, "objective": objective, "baseline": baseline or None},
+            {"temperature": temperature, "alpha": alpha, "objective": objective},
             settings.get("data_options") or {},
             tokenizer,
             seeds,
         )
     )
     terms = objective
+    own = [str(term.get("loss")) for term in terms or [] if isinstance(term, dict)]
+    taught = teacher is not None or (bool(baseline) and any(LOSSES[name].self_taught for name in own if name in LOSSES))
     if terms is None and teacher is not None and not (temperature is None and alpha is None):
         terms = default_objective(temperature, alpha)
     train_keys = {k: v for k, v in settings.items() if k not in ("data_options", "ensemble", "teacher_cache", "track")}
@@ -120,16 +123,21 @@ def distill(
         **{k: settings[k] for k in ("ensemble", "teacher_cache", "track") if k in settings},
     }
     if teacher is not None:
-        plain |= {"teacher": [_spec(one) for one in teachers], "baseline": baseline is not False}
+        plain["teacher"] = [_spec(one) for one in teachers]
+    if taught:
+        plain["baseline"] = baseline is not False
     known = task or (_task_of(train, data_options) if data is None else None)
     if known is not None:
         plain["task"] = known
     try:
-        recipe = build_recipe(plain, command="distill" if teacher is not None else "train", where="limbeck.distill")
+        recipe = build_recipe(plain, command="distill" if taught else "train", where="limbeck.distill")
     except RecipeError as error:
         raise RecipeError([*problems, *error.problems], error.source) from None
     if tokenizer is not None and recipe.task != "text-classification":
         problems.append(Problem("tokenizer", f"is for texts, and the task is {recipe.task}.", "Leave it out."))
+    if baseline and not taught:
+        text = "has no effect without a teacher: a training has no baseline beside it."
+        problems.append(Problem("baseline", text, "Leave it out, or use limbeck.distill(teacher=...)."))
     if problems:
         raise RecipeError(problems, "limbeck.distill")
     base = Path.cwd()
@@ -171,6 +179,7 @@ def distill(
                 )
                 for given, spec in zip(teachers, recipe.teachers, strict=True)
             ),
+            build_peers=lambda seed: peers_of(recipe, loaded, base, seed),
             out=folder,
             resume=resume,
             seeds=seeds,
@@ -311,10 +320,10 @@ def _ignored(
             if data[name] is not None and options.get(f"{name}_fraction") is not None:
                 yield Problem(f"data_options.{name}_fraction", f"has no effect where {name} is given.", "Leave it out.")
     if not teachers:
-        for name in ("temperature", "alpha", "baseline"):
+        for name in ("temperature", "alpha"):
             if learning[name] is not None:
-                what = "a training has no baseline beside it." if name == "baseline" else "it weighs what a teacher says."
-                yield Problem(name, f"has no effect without a teacher: {what}", "Leave it out, or use limbeck.distill(teacher=...).")
+                text = "has no effect without a teacher: it weighs what a teacher says."
+                yield Problem(name, text, "Leave it out, or use limbeck.distill(teacher=...).")
         if data["unlabelled"] is not None and data["data"] is None:
             yield Problem(
                 "unlabelled", "has no effect without a teacher: nothing is learned from samples that have no label.", "Leave it out."

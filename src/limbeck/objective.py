@@ -196,13 +196,15 @@ class Objective(nn.Module):
         shapes_student: Shapes | None = None,
         shapes_teacher: Shapes | None = None,
         population: Population | None = None,
+        peers: Sequence[Any] = (),
         seed: int = 0,
     ) -> Objective:
         """The objective of a recipe's terms.
 
         classes: names in the order of the logits. label_counts: (C,), labelled training items of each class, for ``class_weights:
         balanced``. shapes_*: what :func:`needs_of` asked to capture, batch first. population: the training rows, for losses that read
-        samples. seed: of the initial projections, and of what is drawn. Raises UsageError with all problems.
+        samples. peers: models that learn beside the student, for losses that read those.
+        seed: of the initial projections, and of what is drawn. Raises UsageError with all problems.
         """
         problems = check_terms(terms)
         if problems:
@@ -217,7 +219,9 @@ class Objective(nn.Module):
                     if parameter.per_class and values.get(parameter.name) is not None:
                         values[parameter.name] = _per_class(parameter.name, values[parameter.name], classes, label_counts)
                 with forked(seed, "objective", name):
-                    built.append(_Term(name, term, values, shapes_student or {}, shapes_teacher or {}, population, seed, len(classes)))
+                    built.append(
+                        _Term(name, term, values, shapes_student or {}, shapes_teacher or {}, population, seed, len(classes), peers)
+                    )
             except UsageError as error:
                 problems += [replace(p, where=f"objective.{i}.{p.where}") for p in error.problems]
         if problems:
@@ -385,6 +389,7 @@ class _Term(nn.Module):
         population: Population | None,
         seed: int,
         classes: int,
+        peers: Sequence[Any],
     ) -> None:
         super().__init__()
         self.name, self.term = name, term
@@ -427,6 +432,8 @@ class _Term(nn.Module):
             joint: Any = [[shapes[side][path] for path in each] for side, each in by_side.items()]
             self.loss: Any = self.entry.function(*joint, **{name: by_side[side] for name, side in named.items()}, **plain)
             pairs = pairs[:1]
+        elif "peers.logits" in self.entry.reads:
+            self.loss = self.entry.function(peers, **plain)
         elif self.entry.learned:
             each = [
                 self.entry.function(*feature, *rows, **{name: pair[side] for name, side in named.items()}, **plain)
@@ -522,6 +529,8 @@ class _Term(nn.Module):
         """A tensor, or :class:`SparseLogits`, which is indexed like one; that the loss can use it was judged when the recipe was read."""
         if what == "labels":
             return batch.labels
+        if what == "peers.logits":
+            return self.loss.answers(batch.student)
         if what == "samples":
             assert self._population is not None
             one: Any = self.loss[number] if isinstance(self.loss, nn.ModuleList) else self.loss

@@ -140,7 +140,8 @@ def _option_problems(options: Mapping[str, Any], sets: Sequence[str], command: C
 def recipe_from_yaml(path: Path) -> Recipe:
     """The recipe in a complete file such as a run's recipe.yaml, for the command that it was written by."""
     data = read_yaml(path)
-    return build_recipe(data, command="train" if data.get("teacher") is None else "distill", where=str(path))
+    alone = data.get("teacher") is None and not data.get("baseline")
+    return build_recipe(data, command="train" if alone else "distill", where=str(path))
 
 
 def absolute(recipe: Recipe, base: Path) -> Recipe:
@@ -291,6 +292,7 @@ def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Prob
             problems.append(Problem("objective", text, "Add kd (--alpha above 0), or use `limbeck train`."))
         problems += _kept_answers(plain, terms)
         problems += _of_several(plain, terms)
+    problems += _of_peers(plain, terms)
     mixed = check.look(plain, "data.augment.mixup")
     if isinstance(mixed, int | float) and mixed > 0:
         for where, term in terms.items():
@@ -298,6 +300,20 @@ def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Prob
                 text = f"{term.loss} needs one class a sample, and data.augment.mixup blends the labels of two."
                 problems.append(Problem(f"{where}.loss", text, "Use kd, which reads no labels, or set mixup to 0."))
     return problems
+
+
+def _of_peers(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> Iterator[Problem]:
+    """Peers and the losses that learn with them go together."""
+    reading = {where: term.loss for where, term in terms.items() if "peers.logits" in LOSSES[term.loss].reads}
+    there = bool(check.look(plain, "student.peers")) and check.look(plain, "student.peers") is not check.MISSING
+    if there and not reading:
+        text = "has no effect: no term of the objective learns with peers."
+        yield Problem("student.peers", text, "Add {loss: mutual} or {loss: kdcl}, or leave it out.")
+    for number, (where, loss) in enumerate(reading.items()):
+        if not there:
+            yield Problem(f"{where}.loss", f"{loss} learns with peers, and the student has none.", "Name them: student: {peers: [MODEL]}.")
+        elif number and where.rpartition(".")[0] == next(iter(reading)).rpartition(".")[0]:
+            yield Problem(f"{where}.loss", f"{loss} would train the peers of {next(iter(reading))} once more.", "Leave one of the two out.")
 
 
 def _of_several(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> list[Problem]:

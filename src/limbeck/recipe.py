@@ -22,6 +22,7 @@ __all__ = [
     "Schedule",
     "Section",
     "Stage",
+    "StudentSpec",
     "TeacherCache",
     "TeacherSpec",
     "TeacherTraining",
@@ -113,6 +114,13 @@ class ModelSpec(Section):
     weights: Text | None = None
     options: dict[str, Any] = {}
     """Passed to the builder; `layers`, `layers_of`, `resolution` and `max_length` are Limbeck's own."""
+
+
+class StudentSpec(ModelSpec):
+    """The model to train."""
+
+    peers: list[ModelSpec] = []
+    """Models that learn beside it in the same steps, for the losses mutual and kdcl; they read its inputs, and are not kept."""
 
 
 class TeacherSpec(ModelSpec):
@@ -288,7 +296,7 @@ class Recipe(Section):
     teacher: TeacherSpec | Annotated[list[TeacherSpec], Field(min_length=2)] | None = None
     """One, or a list of several (see ensemble)."""
     ensemble: Ensemble = Ensemble()
-    student: ModelSpec
+    student: StudentSpec
     data: DataSpec
     objective: Annotated[list[Term], Field(min_length=1)]
     train: Train = Train()
@@ -300,7 +308,7 @@ class Recipe(Section):
     @property
     def command(self) -> Command:
         """The command that this recipe is for."""
-        return "train" if self.teacher is None else "distill"
+        return "train" if self.teacher is None and not self.baseline else "distill"
 
     @property
     def teachers(self) -> list[TeacherSpec]:

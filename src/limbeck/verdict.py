@@ -20,10 +20,11 @@ def gap_closed(teacher: float | None, baseline: float | None, student: float) ->
     return round((student - baseline) / (teacher - baseline), 12)
 
 
-def verdict(models: dict[str, Any], interval: list[float] | None, seeds: int, source: str) -> str:
+def verdict(models: dict[str, Any], interval: list[float] | None, seeds: int, source: str, *, alone: bool = False) -> str:
     """One sentence (two where something must be said loudly) from the metrics of teacher, baseline and student.
 
-    interval: of student - baseline accuracy, in [0, 1]; source: where it comes from ("over 3 seeds", "over the test items").
+    alone: there was no teacher; the student learned from itself or its peers. interval: of student - baseline accuracy, in [0, 1]; source: where
+    it comes from ("over 3 seeds", "over the test items").
     """
 
     def accuracy(role: str) -> float | None:
@@ -37,6 +38,9 @@ def verdict(models: dict[str, Any], interval: list[float] | None, seeds: int, so
         bought = (
             f"{100 * (student - baseline):+.1f} points against the same student trained without the teacher ({_percent(baseline)}){spread}"
         )
+        if alone:
+            bought = bought.replace("without the teacher", "on labels alone")
+            return f"The student reaches {_percent(student)} test {what}, {bought}."
         return f"The student reaches {_percent(student)} test {what}, {bought}; the teacher's own accuracy is unknown."
     if teacher is None:
         return f"The model reaches {_percent(student)} test {what}; it was trained without a teacher."

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,9 @@ from limbeck.losses import (
     Correlation,
     Cosine,
     Hint,
+    Kdcl,
     LossEntry,
+    Mutual,
     Ofd,
     Population,
     Vid,
@@ -94,8 +97,20 @@ def fit(entry: LossEntry, student: Any, teacher: Any) -> bool:
     return True
 
 
+class Peer:
+    """Answers with what stands in the batch for it."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.module = number, nn.Identity()
+
+    def __call__(self, inputs: Any) -> Tensor:
+        return inputs["peers"][:, self.number]
+
+
 def built(entry: LossEntry, shapes: Any, values: dict[str, Any]) -> nn.Module:
     """A loss that is a module, for features of these shapes."""
+    if "peers.logits" in entry.reads:
+        return entry.function([Peer(i) for i in range(2)], **values)  # type: ignore[no-any-return]
     if entry.exits:
         return entry.function(shapes[0], C, **values)  # type: ignore[no-any-return]
     rows = [len(POPULATION)] * ("samples" in entry.reads)
@@ -136,6 +151,8 @@ def draw(kind: Kind, dtype: torch.dtype = torch.float64, agreeing: bool = False,
             return torch.softmax(torch.randn(N, C, generator=g, dtype=torch.float64), -1).to(dtype)
         if read == "samples":
             return torch.from_numpy(POPULATION.drawn(IDS[:N], EXAMPLE["negatives"], seed))
+        if read == "peers.logits":
+            return 3 * torch.randn(N, 2, C, generator=g, dtype=torch.float64).to(dtype)
         if read == "mask":
             return (torch.arange(3) < torch.randint(1, 4, (N, 1), generator=g)).long()
         shape = (N, C) if read.endswith("logits") else shapes_of(kind.entry, kind.inputs, agreeing)[read.startswith("teacher")]
@@ -170,6 +187,7 @@ def in_objective(
         shapes_student=shapes.get("student"),
         shapes_teacher=shapes.get("teacher"),
         population=POPULATION,
+        peers=[Peer(i) for i in range(2)],
     ).to(tensors[0].dtype)
 
     def outputs(batch: Batch, now: list[Tensor]) -> tuple[Outputs, Signal]:
@@ -184,7 +202,11 @@ def in_objective(
 
 def batch_for(kind: Kind, tensors: list[Tensor], mask: Tensor) -> Batch:
     labels = tensors[kind.entry.reads.index("labels")] if "labels" in kind.entry.reads else torch.full((len(mask),), -1)
-    inputs = {"attention_mask": tensors[kind.entry.reads.index("mask")]} if "mask" in kind.entry.reads else {"x": torch.zeros(len(mask), 1)}
+    inputs = {"x": torch.zeros(len(mask), 1)}
+    if "mask" in kind.entry.reads:
+        inputs = {"attention_mask": tensors[kind.entry.reads.index("mask")]}
+    if "peers.logits" in kind.entry.reads:
+        inputs = {"peers": tensors[kind.entry.reads.index("peers.logits")]}
     ids = IDS[tensors[2][:, 0]] if "samples" in kind.entry.reads else np.zeros((len(mask), 2), np.uint64)
     return Batch(ids, 0, inputs, None, labels, mask)
 
@@ -288,12 +310,18 @@ def test_a_shift_of_all_logits(kind: Kind) -> None:
     tensors = draw(kind)
     loss = loss_of(kind, tensors)
     for i in logits:
-        shifted = [x + torch.arange(1.0, N + 1, dtype=x.dtype)[:, None] if i == j else x for j, x in enumerate(tensors)]
+        shifted = [
+            x + torch.arange(1.0, N + 1, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1)) if i == j else x for j, x in enumerate(tensors)
+        ]
         same = torch.allclose(loss(*shifted), loss(*tensors), rtol=1e-10, atol=1e-10)
         assert same == kind.entry.shift_invariant
 
 
-DETACHED = {"wsld": "its weights are taken as constants, by definition; the reference cases hold their gradient"}
+DETACHED = {
+    "wsld": "its weights are taken as constants, by definition; the reference cases hold their gradient",
+    "mutual": "what teaches is a constant, by definition; test_students_learn_from_each_other holds the gradient",
+    "kdcl": "what teaches is a constant, by definition; test_students_learn_from_the_best holds the gradient",
+}
 
 
 @every_loss
@@ -348,7 +376,7 @@ CORNERS = {  # logits of student and teacher; the label is class 0
     "even": ([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0], [0.0, 1.0, 2.0]]),
     "huge": ([[1e15, 1.0, 0.0], [-1e15, 0.0, 1e15]], [[1e15, 0.0, 1.0], [0.0, -1e15, 1e15]]),
 }
-INFINITE = {("rkl", "a class that the teacher excludes"), ("mse_logits", "a class that the teacher excludes")}
+INFINITE = {(name, "a class that the teacher excludes") for name in ("rkl", "mse_logits", "mutual")}
 OF_LOGITS = [e for e in LOSSES.values() if "student.logits" in e.reads and not e.exits]
 
 
@@ -364,9 +392,11 @@ def test_corners_of_logits_are_finite(entry: LossEntry, corner: str) -> None:
         given = {
             "student.logits": student.requires_grad_(),
             "teacher.logits": teacher,
+            "peers.logits": teacher[:, None],
             "labels": torch.zeros(len(student), dtype=torch.int64),
         }
-        values = entry.function(*(given[read] for read in entry.reads), **{**entry.example, **changed})
+        values_of = built(entry, None, {**entry.example}) if entry.learned else partial(entry.function, **{**entry.example, **changed})
+        values = values_of(*(given[read] for read in entry.reads))
         if (entry.name, corner) in INFINITE:  # truly so: the value says it
             assert torch.isinf(values).any()
             continue
@@ -388,6 +418,52 @@ def test_an_exit_is_taught_by_any_logits(name: str, corner: str) -> None:
         assert torch.isfinite(values).all()
         for gradient in torch.autograd.grad(values.sum(), [features, *loss.parameters()]):
             assert torch.isfinite(gradient).all()
+
+
+def test_what_teaches_without_a_teacher_is_known_where_recipes_are_read() -> None:
+    from limbeck import _recipe_check
+
+    assert set(_recipe_check.SELF_TAUGHT) == {entry.name for entry in LOSSES.values() if entry.self_taught}
+
+
+def test_students_learn_from_each_other() -> None:
+    """Equation 8 in NumPy, value; and gradient: of each student's own part, with what the others say held still."""
+    rng = np.random.default_rng(7)
+    z, y = rng.normal(size=(N, 3, C)), rng.integers(0, C, N)
+    p = softmax(z)
+    want = []
+    for q, label in zip(p, y, strict=True):
+        taught = sum((q[other] * np.log(q[other] / q[own])).sum() for own in range(3) for other in range(3) if own != other)
+        want.append(-np.log(q[1, label]) - np.log(q[2, label]) + taught / 2)
+    x = torch.tensor(z, requires_grad=True)
+    values = Mutual([])(x[:, 0], x[:, 1:], torch.tensor(y))
+    np.testing.assert_allclose(values.detach(), want, rtol=1e-11)
+    (gradient,) = torch.autograd.grad(values.sum(), x)
+    chosen = np.eye(C)[y]
+    for own in range(3):
+        others = [k for k in range(3) if k != own]
+        expected = sum(p[:, own] - p[:, k] for k in others) / 2 + (p[:, own] - chosen if own else 0)
+        np.testing.assert_allclose(gradient[:, own], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ensemble", ["min_logit", "naive"])
+def test_students_learn_from_the_best(ensemble: str) -> None:
+    rng = np.random.default_rng(8)
+    z, y, t = 3 * rng.normal(size=(N, 3, C)), rng.integers(0, C, N), 2.0
+    best = []
+    for row, label in zip(z, y, strict=True):
+        right = [-np.log(softmax(own)[label]) for own in row]
+        best.append(np.min([own - own[label] for own in row], axis=0) if ensemble == "min_logit" else row[int(np.argmin(right))])
+    p, q, own = softmax(np.stack(best) / t), softmax(z / t), softmax(z)
+    supervised = sum(-np.log(own[np.arange(N), k, y]) for k in (1, 2))
+    want = supervised + t**2 * sum((p * np.log(p / q[:, k])).sum(-1) for k in range(3))
+    x = torch.tensor(z, requires_grad=True)
+    values = Kdcl([], ensemble=ensemble)(x[:, 0], x[:, 1:], torch.tensor(y))  # type: ignore[arg-type]
+    np.testing.assert_allclose(values.detach(), want, rtol=1e-10)
+    (gradient,) = torch.autograd.grad(values.sum(), x)
+    for k in range(3):
+        expected = t * (q[:, k] - p) + (own[:, k] - np.eye(C)[y] if k else 0)
+        np.testing.assert_allclose(gradient[:, k], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_ofa_is_the_authors_form() -> None:

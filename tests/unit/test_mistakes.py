@@ -32,6 +32,7 @@ def breaks(num_classes):
 """
 
 GOOD = "teacher: python:models.py:net\nstudent: python:models.py:net\ndata: digits\n"
+ALONE = "student: python:models.py:net\ndata: digits\n"
 SEVERAL = GOOD.replace("teacher: python:models.py:net", "teacher: ['python:models.py:net', 'python:models.py:net']")
 PLACED = "teacher: {{model: 'python:models.py:net', placement: {}}}\nstudent: python:models.py:net\ndata: digits\n"
 TEXTS = "teacher: bert-large\nstudent: bert-base\n"
@@ -95,6 +96,28 @@ READING = {
         SEVERAL + "objective: [{loss: kd}, {loss: hint, student: '1', teacher: '1'}]\n", "objective.1.loss: hint compares layers"
     ),
     "sigmoids of several": recipe(SEVERAL + "objective: [{loss: kd_sigmoid}]\n", "kd_sigmoid reads a probability of its own"),
+    "mutual without peers": recipe(ALONE + "objective: [cross_entropy, mutual]\n", "objective.1.loss: mutual learns with peers"),
+    "peers that nobody reads": recipe(
+        ALONE.replace("student: python:models.py:net", "student: {model: 'python:models.py:net', peers: ['timmy:a']}")
+        + "teacher: python:models.py:net\n",
+        "student.peers: has no effect",
+        "student.peers.0.model: got 'timmy:a'",
+    ),
+    "peers that are taught twice": recipe(
+        ALONE.replace("student: python:models.py:net", "student: {model: 'python:models.py:net', peers: ['python:models.py:net']}")
+        + "objective: [cross_entropy, mutual, kdcl]\n",
+        "objective.2.loss: kdcl would train the peers of objective.1 once more",
+    ),
+    "a peer that is not there": recipe(
+        ALONE.replace("student: python:models.py:net", "student: {model: 'python:models.py:net', peers: ['python:peers.py:net']}")
+        + "objective: [cross_entropy, mutual]\n",
+        "student.peers.0.model: no such file: 'peers.py'",
+    ),
+    "what nobody says with peers alone": recipe(
+        ALONE.replace("student: python:models.py:net", "student: {model: 'python:models.py:net', peers: ['python:models.py:net']}")
+        + "objective: [cross_entropy, mutual]\nteacher_cache: {mode: off}\n",
+        "teacher_cache: has no effect without a teacher",
+    ),
     "an ensemble of one": recipe(GOOD + "ensemble: {average: logits}\n", "ensemble: is for several teachers"),
     "no teachers": recipe(GOOD.replace("teacher: python:models.py:net", "teacher: []"), "teacher: got []"),
     "the second of several": recipe(

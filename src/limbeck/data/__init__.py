@@ -6,7 +6,18 @@ builder makes the batch, each model's inputs from the same view; a stream does s
 
 from __future__ import annotations
 
-from limbeck.data.batches import BatchBuilder, Plan, Request, Several, StagedBuilder, StagedPlan, cuts, evaluation_requests, nested
+from limbeck.data.batches import (
+    BatchBuilder,
+    Plan,
+    Request,
+    Several,
+    StagedBuilder,
+    StagedPlan,
+    cuts,
+    evaluation_requests,
+    nested,
+    same_inputs,
+)
 from limbeck.data.ids import groups, rows_of
 from limbeck.data.keys import view_keys
 from limbeck.data.load import FORMS, load_data
@@ -40,6 +51,7 @@ __all__ = [
     "load_data",
     "nested",
     "rows_of",
+    "same_inputs",
     "skipped_csv",
     "stream",
     "text_of",

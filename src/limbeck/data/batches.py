@@ -24,7 +24,7 @@ from limbeck.randomness import order, uniform
 from limbeck.recipe import Augment
 from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing, member_input
 
-__all__ = ["BatchBuilder", "Plan", "Request", "StagedBuilder", "StagedPlan", "cuts", "evaluation_requests", "nested"]
+__all__ = ["BatchBuilder", "Plan", "Request", "StagedBuilder", "StagedPlan", "cuts", "evaluation_requests", "nested", "same_inputs"]
 
 Int64 = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -214,6 +214,14 @@ def evaluation_requests(split: Split, batch_size: int, lengths: npt.NDArray[Any]
     return [Request(step, 0, 0, part) for step, part in enumerate(_cut(rows, batch_size))]
 
 
+def same_inputs(a: Preprocessing, b: Preprocessing) -> bool:
+    """Whether two models take the same inputs."""
+    if isinstance(a, TextPreprocessing) and isinstance(b, TextPreprocessing):
+        same = ("max_length", "inputs", "tokenizer_sha256", "pad_token_id")
+        return all(getattr(a, name) == getattr(b, name) for name in same)
+    return a == b
+
+
 class BatchBuilder:
     """Request to batch: a pure function that travels to loader workers by pickle.
 
@@ -255,13 +263,9 @@ class BatchBuilder:
             check_augment(augment, kind)
         self._partners = Partners(split, data_seed) if augment is not None and augment.mixup > 0 else None
 
-    def _shared(self, b: Preprocessing) -> bool:
+    def _shared(self, wanted: Preprocessing) -> bool:
         """Whether a teacher takes what the student takes."""
-        a = self._student
-        if isinstance(a, TextPreprocessing) and isinstance(b, TextPreprocessing):
-            same = ("max_length", "inputs", "tokenizer_sha256", "pad_token_id")
-            return all(getattr(a, name) == getattr(b, name) for name in same)
-        return a == b
+        return same_inputs(self._student, wanted)
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker gets the tokens of its split alone, and not those of every split of the source

@@ -37,11 +37,12 @@ __all__ = [
     "shaped",
 ]
 
-Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels", "mask", "samples"]
+Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels", "mask", "samples", "peers.logits"]
 """A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats. Mask: (N, T),
 0 at padding, beside features by token. Samples: (N, 1 + K) int64, where a sample and others that are drawn for it stand among all training rows
 (:class:`limbeck.losses._population.Population`); the loss is a module with ``negatives`` (K), is built with the number of rows as its third argument,
-and is told of each optimiser step by ``stepped``."""
+and is told of each optimiser step by ``stepped``. Peers' logits: (N, K - 1, C), of networks that learn beside the student; the loss is a module that
+is built as ``function(models, *, parameters)`` and has ``answers`` (:class:`limbeck.losses.peers.Peers`)."""
 
 Shape = tuple[int, ...]
 """Of a captured feature, batch first."""
@@ -199,6 +200,11 @@ class LossEntry:
     exits: bool = False
 
     @property
+    def self_taught(self) -> bool:
+        """Whether it teaches without a teacher: by peers, or by the student's own layers."""
+        return "peers.logits" in self.reads or (self.exits and "teacher.logits" not in self.reads)
+
+    @property
     def learned(self) -> bool:
         """Whether it is a module with parameters, to be built from shapes."""
         return isinstance(self.function, type) and issubclass(self.function, nn.Module)
@@ -220,9 +226,10 @@ class LossEntry:
         sides = " and of the teacher" * ("teacher.features" in self.reads)
         layers = [f"{which} of the student{sides}"] * ("student.features" in self.reads)
         logits = ["the teacher's logits"] * ("teacher.logits" in self.reads)
+        peers = ["students beside it"] * ("peers.logits" in self.reads)
         labels = ["one label a sample" if self.hard_labels else "labels"] * ("labels" in self.reads)
         batch = ["several samples at once"] * (not self.per_item)
-        return ", ".join([*layers, *logits, *labels, *batch])
+        return ", ".join([*layers, *logits, *peers, *labels, *batch])
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:

@@ -9,6 +9,7 @@ from limbeck.losses.exits import Byot, OfaExits, ofa
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Review, Vid, attention_transfer, nst
+from limbeck.losses.peers import Kdcl, Mutual
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
 from limbeck.losses.transformers import minilm, minilm_v2, of_first_tokens, of_projections, patient, tinybert_attention
@@ -476,6 +477,30 @@ _ROWS = (
         sequences=True,
         layers="sum",
         exits=True,
+    ),
+    LossEntry(
+        name="mutual",
+        function=Mutual,
+        reads=("student.logits", "peers.logits", "labels"),
+        per_item=True,
+        zero_at=None,
+        shift_invariant=True,
+        summary="Learn from students that learn at the same time, each from all others. Where there is no teacher, and time for several students.",
+        source="Zhang et al. 2018 (DML), arXiv:1706.00384",
+        cost="N K^2 C, and the steps of K - 1 peers",
+    ),
+    LossEntry(
+        name="kdcl",
+        function=Kdcl,
+        reads=("student.logits", "peers.logits", "labels"),
+        per_item=True,
+        zero_at=None,
+        shift_invariant=True,
+        summary="Learn from the best of what students say together as they learn. As mutual; where the peers differ much in strength.",
+        source="Guo et al. 2020 (KDCL), CVPR 2020",
+        cost="N K C, and the steps of K - 1 peers",
+        example={"temperature": 2.0},
+        hard_labels=True,
     ),
     LossEntry(
         name="byot",

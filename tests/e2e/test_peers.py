@@ -1,0 +1,135 @@
+"""Students that learn together: peers train in the steps of the student, are drawn anew for each seed, and stay behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import limbeck as lib
+from limbeck._begin import peers_of
+from limbeck.data import load_data
+from limbeck.reading import absolute, load_recipe
+from running import distance, limbeck, lines, make_folder, read, recipe, run, several, start, steps, wait_for, weights
+
+OBJECTIVE = [{"loss": "cross_entropy"}, {"loss": "mutual"}]
+TOGETHER: dict[str, Any] = {
+    "teacher": None,
+    "student": {"model": "python:nets.py:student", "peers": ["python:nets.py:teacher", "python:nets.py:student"]},
+    "objective": OBJECTIVE,
+    "train": {"epochs": 3, "checkpoint_every": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_folder(tmp_path_factory.mktemp("peers"))
+    run("distill", recipe(folder, **TOGETHER), out=folder / "run")
+    return folder
+
+
+def test_the_student_leaves_alone_and_is_compared_with_itself_alone(there: Path, tmp_path: Path) -> None:
+    metrics = read(there / "run/metrics.json")
+    assert set(metrics["models"]) == {"student", "baseline"}
+    assert metrics["gap_closed"] is None
+    assert "against the same student trained on labels alone" in metrics["verdict"]
+    assert metrics["cost"]["teacher_items"] == 0
+    alone = run("distill", recipe(there, "alone.yaml", **{**TOGETHER, "student": {"model": "python:nets.py:student"}, "objective": None,
+                                                          "teacher": {"model": "python:nets.py:teacher"}}), out=tmp_path / "alone")  # fmt: skip
+    assert alone["models"]["baseline"]["metrics"] == metrics["models"]["baseline"]["metrics"]
+    assert weights(there / "run/baseline") == weights(tmp_path / "alone/baseline")
+    assert load_file(there / "run/student/model.safetensors").keys() == load_file(there / "run/baseline/model.safetensors").keys()
+    assert {name for line in lines(there / "run", "student") for name in line.get("terms", {})} == {"cross_entropy", "mutual"}
+    html = (there / "run/report.html").read_text(encoding="utf-8")
+    assert "trained on labels alone" in html
+
+
+def test_its_own_recipe_repeats_it(there: Path, tmp_path: Path) -> None:
+    again = yaml.safe_load((there / "run/recipe.yaml").read_text())
+    assert [peer["model"].rpartition(":")[2] for peer in again["student"]["peers"]] == ["teacher", "student"]
+    run("distill", there / "run/recipe.yaml", out=tmp_path / "again")
+    assert weights(there / "run/student") == weights(tmp_path / "again/student")
+
+
+def test_peers_have_initial_weights_of_their_own(there: Path) -> None:
+    found, base = load_recipe(there / "recipe.yaml", {}, [], "distill")
+    found = absolute(found, base)
+    data = load_data(found.data, found.task, base)
+    one, other = peers_of(found, data, base, 0), peers_of(found, data, base, 1)
+    states = [model.module.state_dict()["body.weight"].numpy().tobytes() for model in (one[1], other[1])]
+    from limbeck.models import build_model
+
+    student = build_model(found.student, role="student", data=data, seed=0, base=base)
+    states.append(student.module.state_dict()["body.weight"].numpy().tobytes())
+    assert len(set(states)) == 3
+    assert [sum(p.numel() for p in model.module.parameters()) for model in one] == [24 * width + 3 for width in (12, 4)]
+
+
+def test_stopped_and_resumed_it_ends_in_the_same_bytes(there: Path, tmp_path: Path) -> None:
+    stopped = start("distill", there / "recipe.yaml", "--out", tmp_path / "run", SLOW="0.1")
+    wait_for(stopped, lambda: len(steps(tmp_path / "run", "student")) > 3)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=300)
+    assert stopped.returncode == 75
+    assert limbeck("distill", there / "recipe.yaml", "--out", tmp_path / "run", "--resume") == 0
+    for role in ("student", "baseline"):
+        assert weights(tmp_path / "run" / role) == weights(there / "run" / role)
+
+
+def test_beside_a_teacher_and_in_stages(there: Path, tmp_path: Path) -> None:
+    kd = [{"loss": "cross_entropy"}, {"loss": "kd"}]
+    stages = [{"epochs": 1, "objective": [*kd, {"loss": "kdcl"}]}, {"epochs": 1, "objective": kd}]
+    train = {"epochs": 2, "stages": stages}
+    plain = {**TOGETHER, "objective": None, "teacher": {"model": "python:nets.py:teacher"}, "train": train}
+    metrics = run("distill", recipe(there, "stages.yaml", **plain), "--seeds", 2, out=tmp_path / "run")
+    assert set(metrics["models"]) == {"teacher", "student", "baseline"}
+    terms = [set(line["terms"]) for line in lines(tmp_path / "run/seed-0", "student") if "terms" in line]
+    assert terms == [{"cross_entropy", "kd", "kdcl"}] * 3 + [{"cross_entropy", "kd"}] * 3
+
+
+def test_student_and_baseline_have_the_same_budget(there: Path, tmp_path: Path) -> None:
+    """A loss at weight 0 teaches nothing: the student is its baseline, on the same labelled rows in the same steps."""
+    nothing = [{"loss": "cross_entropy"}, {"loss": "byot", "weight": 0.0, "student": "body"}]
+    data = {"source": "npz:pictures.npz", "labelled_limit": 27}
+    plain = {**TOGETHER, "student": {"model": "python:nets.py:student"}, "objective": nothing, "data": data}
+    run("distill", recipe(there, "nothing.yaml", **plain), out=tmp_path / "run")
+    assert weights(tmp_path / "run/student") == weights(tmp_path / "run/baseline")
+    assert steps(tmp_path / "run", "student") == steps(tmp_path / "run", "baseline")
+    assert read(tmp_path / "run/metrics.json")["data"]["labelled"] == 27
+
+
+def test_a_peer_that_reads_other_inputs_is_refused(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peers = [{"model": "python:nets.py:student", "options": {"resolution": 12}}]
+    path = recipe(there, "other.yaml", **{**TOGETHER, "student": {"model": "python:nets.py:student", "peers": peers}})
+    assert limbeck("distill", path, "--out", tmp_path / "run") == 2
+    assert "student.peers.0: prepares its inputs in another way" in capsys.readouterr().err
+    path = recipe(there, "gone.yaml", **{**TOGETHER, "student": {"model": "python:nets.py:student", "peers": ["python:nets.py:studnet"]}})
+    assert limbeck("distill", path, "--out", tmp_path / "run") == 2
+    assert "student.peers.0.model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_python(there: Path, tmp_path: Path) -> None:
+    nets = f"python:{there / 'nets.py'}:student"
+    found = lib.distill(
+        student={"model": nets, "peers": [nets]}, teacher=None, data=f"npz:{there / 'pictures.npz'}", objective=OBJECTIVE, baseline=True,
+        epochs=1, export=[], out=tmp_path / "run", progress="none",
+    )  # fmt: skip
+    assert set(found.metrics["models"]) == {"student", "baseline"}
+
+
+@pytest.mark.long
+def test_two_ranks_end_in_the_weights_of_one_process(there: Path, tmp_path: Path) -> None:
+    plain = "python:nets.py:plain"
+    exact = {"optimizer": "sgd", "precision": "float64", "accumulate": 2, "epochs": 2, "batch_size": 16}
+    path = recipe(there, "ranks.yaml", **{**TOGETHER, "student": {"model": plain, "peers": [plain]}, "train": exact})
+    run("distill", path, out=tmp_path / "alone")
+    several(2, "distill", path, out=tmp_path / "two")
+    for role in ("student", "baseline"):
+        assert distance(tmp_path / "alone" / role, tmp_path / "two" / role) < 1e-9, role
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["models"].keys() == {"student", "baseline"}
