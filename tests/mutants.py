@@ -50,6 +50,7 @@ RESUME = ("unit/test_loop.py::test_a_stop_at_every_step_ends_in_the_same_bytes",
 KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log",)
 TEACHER = ("unit/test_teacher.py",)
 PEERS = ("e2e/test_peers.py",)
+STAGED_AVERAGE = ("e2e/test_peers.py::test_two_stages_move_one_average_once",)
 ENSEMBLE = ("unit/test_ensemble.py",)
 OF_TEACHERS = ("e2e/test_ensemble.py::test_the_teacher_of_the_report_is_what_they_say_together",)
 FORGETS = ("e2e/test_ensemble.py::test_a_member_goes_on_as_it_began",)
@@ -473,6 +474,22 @@ MUTANTS = (
     ),
     Mutant("the-worst-student-teaches", "losses/peers.py", "wrong.argmin(1)", "wrong.argmax(1)", LOSSES),
     Mutant("min-logit-of-raw-logits", "losses/peers.py", "(told - told.gather(2, at)).amin(1)", "told.amin(1)", LOSSES),
+    Mutant(
+        "the-average-moves-twice",
+        "objective.py",
+        "for loss in dict.fromkeys(self.remembering()):",
+        "for loss in self.remembering():",
+        STAGED_AVERAGE,
+    ),
+    Mutant("the-average-is-not-warmed-up", "losses/peers.py", ".clamp(min=1 - self._decay)", "* 0 + (1 - self._decay)", LOSSES),
+    Mutant("the-average-trains", "losses/peers.py", "        self.average.eval()\n        return self", "        return self", LOSSES),
+    Mutant(
+        "a-mean-teacher-without-unlabelled-rows",
+        "_parts.py",
+        "if with_teacher or self.unlabelled_too else self.labelled\n        plans",
+        "if with_teacher else self.labelled\n        plans",
+        PEERS,
+    ),
     Mutant("peers-begin-as-the-student", "_begin.py", 'own = seed_for(seed, "peer", number)', "own = seed", PEERS),
     Mutant("a-baseline-of-its-own-feed", "_parts.py", "if taught and self.labelled is not", "if self.labelled is not", PEERS),
     # --- several teachers

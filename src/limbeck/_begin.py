@@ -290,7 +290,7 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     parts.probe(student, begun.model)
     if begun.model is not None and begun.answers is not None and not begun.to_train:
         keep(begun, told)
-    begun.objective = parts.objective(recipe.seed)
+    begun.objective = parts.objective(recipe.seed, student)
     if job.verify_cache and begun.answers is None and not begun.to_train:
         reason = "the teacher is a file of logits" if begun.table is not None else begun.cached[1].rstrip(".")
         text = f"has nothing to compare: no answers of the teacher are kept or read ({reason})."

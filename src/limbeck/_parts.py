@@ -106,6 +106,11 @@ class Parts:
             first += stage.epochs
         return found
 
+    @property
+    def unlabelled_too(self) -> bool:
+        """Whether a loss learns from samples without a label, although no teacher is there."""
+        return any(LOSSES[t.loss].self_taught and "labels" not in LOSSES[t.loss].reads for t in self.recipe.terms)
+
     @cached_property
     def label_counts(self) -> np.ndarray[Any, Any]:
         """``(C,)`` labelled training rows of each class."""
@@ -174,8 +179,9 @@ class Parts:
         return StagedBuilder([self.builder(split, teacher=teacher, training=True, student=w) for w in wanted])
 
     def feed(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False, workers: int = 0, pin_memory: bool = False) -> Feed:
-        """What a student reads: all rows beside a teacher, the labelled ones alone. ask: prepare the teacher's inputs too."""
-        split = self.data.train if with_teacher else self.labelled
+        """What a student reads: all rows beside a teacher (or a loss that needs no labels), the labelled ones alone. ask: prepare the teacher's
+        inputs too."""
+        split = self.data.train if with_teacher or self.unlabelled_too else self.labelled
         plans: list[Plan] = []
         first = 0
         for number, stage in enumerate(recipe.stages):
@@ -193,7 +199,7 @@ class Parts:
     def baseline_feed(self, recipe: Recipe, *, workers: int = 0, pin_memory: bool = False) -> Feed:
         """What the baseline reads: the labelled rows, in each stage for as many optimiser steps of the same size as the student reads beside its
         teacher."""
-        taught = recipe.teacher is not None
+        taught = recipe.teacher is not None or self.unlabelled_too
         beside = self.feed(recipe, with_teacher=taught)
         plan = beside.plan
         if taught and self.labelled is not self.data.train:
@@ -230,7 +236,7 @@ class Parts:
         feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
         plan = feed.plan.plans[self.measured]
         requests = [plan.request(step) for step in range(plan.steps_per_epoch)] if self.student.kind == "text" else [plan.request(0)]
-        lengths = self.lengths(self.data.train if with_teacher else self.labelled, self.staged[self.measured])
+        lengths = self.lengths(self.data.train if with_teacher or self.unlabelled_too else self.labelled, self.staged[self.measured])
         if lengths is not None:
             requests.sort(key=lambda request: len(request.rows) * int(lengths[request.rows].max()))
         size = self.ranks.size
@@ -265,14 +271,15 @@ class Parts:
             raise UsageError(problems)
 
     def _few(self, stage: Stage, where: str) -> list[Problem]:
-        split = self.data.train if self.recipe.teacher is not None else self.labelled
+        taught = self.recipe.teacher is not None or self.unlabelled_too
+        split = self.data.train if taught else self.labelled
         rows = self.subset(stage, split)
         assert rows is not None
         whole = f"{stage.fraction:g} of {len(split):,} training rows"
         if self.batch_statistics and len(rows) < 2:
             return [Problem(where, f"{whole} is one, and the student has batch statistics, which cannot be taken of one sample.")]
         labelled = self._labelled_of(stage)
-        if self.recipe.teacher is not None and self.recipe.baseline and labelled is not None and not len(labelled):
+        if taught and self.recipe.baseline and labelled is not None and not len(labelled):
             text = f"{whole} has none with a label, and the baseline learns from labels."
             return [Problem(where, text, "Give a larger fraction, or baseline: false.")]
         return []
@@ -331,8 +338,10 @@ class Parts:
             text = "is not called in the student's forward pass."
             raise UsageError([Problem("train.gradient_checkpointing", f"'{name}' {text}", "Leave it out.") for name in silent])
 
-    def objective(self, seed: int) -> Objective | StagedObjective:
-        """The recipe's objective; projections are sized by :meth:`probe` and drawn from (seed, role), and so are peers."""
+    def objective(self, seed: int, student: Model) -> Objective | StagedObjective:
+        """The recipe's objective; projections are sized by :meth:`probe` and drawn from (seed, role), and so are peers.
+
+        student: with its initial weights, for losses that keep an average of it."""
         read = any("peers.logits" in LOSSES[t.loss].reads for t in self.recipe.terms)
         peers = self._peers(seed) if read else []
         return self._staged(
@@ -344,6 +353,7 @@ class Parts:
                 shapes_teacher=self.shapes_teacher,
                 population=self.population if any("samples" in LOSSES[t.loss].reads for t in terms) else None,
                 peers=peers,
+                student=student,
                 seed=seed,
             )
         )

@@ -416,7 +416,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
     split = job.data.train if with_teacher else parts.labelled
     lengths = parts.lengths(split, parts.staged[parts.measured])
     few = _batches(feed.plan.plans[parts.measured], feed.builder, lengths)
-    objective = parts.objective(recipe.seed).at(parts.measured)
+    objective = parts.objective(recipe.seed, begun.student).at(parts.measured)
     engine, accumulate, choices["student"], cut = _student_choice(begun, teacher, objective, recipe, progress)
     if cut is not None:
         choices["accumulate"] = cut

@@ -210,6 +210,8 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons["ensemble.temperature"] = "has no effect where ensemble.average is logits, which are averaged as they are."
     if command == "train" or (not paths.teachers_of(data) and _self_taught(data)):
         reasons["teacher_cache"] = "has no effect without a teacher."
+        if _self_taught(data, ("mean_teacher",)):
+            return reasons
         reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."
     return reasons
 
@@ -286,13 +288,13 @@ def _roles(data: Given, value: Any, command: str) -> Iterable[Problem]:
     yield from _several(data, value)
 
 
-SELF_TAUGHT = ("byot", "mutual", "kdcl")
+SELF_TAUGHT = ("byot", "mutual", "kdcl", "mean_teacher")
 """Losses that teach without a teacher."""
 
 
-def _self_taught(data: Given) -> bool:
-    """Whether a student learns from itself or its peers."""
-    return any(isinstance(term, Mapping) and term.get("loss") in SELF_TAUGHT for terms in _objectives_of(data) for term in terms)
+def _self_taught(data: Given, names: Sequence[str] = SELF_TAUGHT) -> bool:
+    """Whether a student learns from itself or its peers, by one of these losses."""
+    return any(isinstance(term, Mapping) and term.get("loss") in names for terms in _objectives_of(data) for term in terms)
 
 
 def _several(data: Given, value: Any) -> Iterable[Problem]:

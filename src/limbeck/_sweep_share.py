@@ -256,7 +256,7 @@ def _own(point: Combination, lending: Lending, begun: Begun) -> None:
     recipe, parts = begun.settled(lending.recipe(point)), begun.parts
     before, parts.recipe = parts.recipe, recipe
     try:
-        parts.objective(recipe.seed)
+        parts.objective(recipe.seed, begun.student)
         matches(lending.folder(point), recipe, begun.facts)
     finally:
         parts.recipe = before

@@ -142,6 +142,7 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad(), capture, again, _fork(engine):
         module.train()
         objective.train()
+        objective.follow(module)
         objective.stepped(keep=False)  # it may have been asked on the way here, by what measures
         compute = _Compute(student, objective, capture, engine, ranks)
         work: Any = ranks.replicated(compute) if ranks.size > 1 else compute.forward

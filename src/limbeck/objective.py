@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed, nearest
-from limbeck.losses import AUTO, LOSSES, LossEntry, Parameter, Population, raised, shaped
+from limbeck.losses import AUTO, LOSSES, LossEntry, MeanTeacher, Parameter, Population, raised, shaped
 from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
@@ -197,6 +197,7 @@ class Objective(nn.Module):
         shapes_teacher: Shapes | None = None,
         population: Population | None = None,
         peers: Sequence[Any] = (),
+        student: Any = None,
         seed: int = 0,
     ) -> Objective:
         """The objective of a recipe's terms.
@@ -204,6 +205,7 @@ class Objective(nn.Module):
         classes: names in the order of the logits. label_counts: (C,), labelled training items of each class, for ``class_weights:
         balanced``. shapes_*: what :func:`needs_of` asked to capture, batch first. population: the training rows, for losses that read
         samples. peers: models that learn beside the student, for losses that read those.
+        student: the model itself, with its initial weights, for losses that keep an average of it.
         seed: of the initial projections, and of what is drawn. Raises UsageError with all problems.
         """
         problems = check_terms(terms)
@@ -220,7 +222,9 @@ class Objective(nn.Module):
                         values[parameter.name] = _per_class(parameter.name, values[parameter.name], classes, label_counts)
                 with forked(seed, "objective", name):
                     built.append(
-                        _Term(name, term, values, shapes_student or {}, shapes_teacher or {}, population, seed, len(classes), peers)
+                        _Term(
+                            name, term, values, shapes_student or {}, shapes_teacher or {}, population, seed, len(classes), peers, student
+                        )
                     )
             except UsageError as error:
                 problems += [replace(p, where=f"objective.{i}.{p.where}") for p in error.problems]
@@ -245,11 +249,19 @@ class Objective(nn.Module):
 
     def stepped(self, keep: bool = True) -> None:
         """Tell the losses with a memory that an optimiser step is over; keep: False that what they have seen since the last one was no step."""
-        for term in self._each:
-            if "samples" in term.entry.reads:
-                losses: Any = term.loss if isinstance(term.loss, nn.ModuleList) else [term.loss]
-                for loss in losses:
-                    loss.stepped(keep)
+        for loss in self.remembering():
+            loss.stepped(keep)
+
+    def follow(self, student: nn.Module) -> None:
+        """Tell the losses that keep an average of the student whom to follow."""
+        for loss in self.remembering():
+            if isinstance(loss, MeanTeacher):
+                loss.follow(student)
+
+    def remembering(self) -> list[Any]:
+        """The losses that are told of each step."""
+        found = [term.loss for term in self._each if term.entry.remembers]
+        return [one for loss in found for one in (loss if isinstance(loss, nn.ModuleList) else [loss])]
 
     def rebalance(self, number: int, ratio: Tensor, *, first: bool) -> None:
         """A measurement of the weight that balances ``balanced[number]``: taken as it is at first, later into a geometric mean with those before.
@@ -371,9 +383,18 @@ class StagedObjective(nn.Module):
         return self._stages[stage]
 
     def stepped(self, keep: bool = True) -> None:
-        """As :meth:`Objective.stepped`, in all stages."""
+        """As :meth:`Objective.stepped`, each loss once."""
+        for loss in dict.fromkeys(self.remembering()):
+            loss.stepped(keep)
+
+    def follow(self, student: nn.Module) -> None:
+        """As :meth:`Objective.follow`, in all stages."""
         for stage in self._stages:
-            stage.stepped(keep)
+            stage.follow(student)
+
+    def remembering(self) -> list[Any]:
+        """As :meth:`Objective.remembering`, of all stages."""
+        return [loss for stage in self._stages for loss in stage.remembering()]
 
 
 class _Term(nn.Module):
@@ -390,6 +411,7 @@ class _Term(nn.Module):
         seed: int,
         classes: int,
         peers: Sequence[Any],
+        student: Any,
     ) -> None:
         super().__init__()
         self.name, self.term = name, term
@@ -434,6 +456,8 @@ class _Term(nn.Module):
             pairs = pairs[:1]
         elif "peers.logits" in self.entry.reads:
             self.loss = self.entry.function(peers, **plain)
+        elif "average.logits" in self.entry.reads:
+            self.loss = self.entry.function(student, **plain)
         elif self.entry.learned:
             each = [
                 self.entry.function(*feature, *rows, **{name: pair[side] for name, side in named.items()}, **plain)
@@ -529,7 +553,7 @@ class _Term(nn.Module):
         """A tensor, or :class:`SparseLogits`, which is indexed like one; that the loss can use it was judged when the recipe was read."""
         if what == "labels":
             return batch.labels
-        if what == "peers.logits":
+        if what in ("peers.logits", "average.logits"):
             return self.loss.answers(batch.student)
         if what == "samples":
             assert self._population is not None

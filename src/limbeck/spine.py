@@ -408,7 +408,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
         # The baseline is a module of its own from the same initial weights: what a state_dict does not hold cannot leak into it.
         baseline = replace(student, module=copy.deepcopy(student.module)) if recipe.baseline else None
         stop.between("the training of the student")
-        trained["student"] = train_role("student", folder, recipe, student, parts.objective(recipe.seed), teacher, shared, log)
+        trained["student"] = train_role("student", folder, recipe, student, parts.objective(recipe.seed, student), teacher, shared, log)
         for live in lives_of(teacher):
             live.check_untouched()
         if baseline is not None:

@@ -103,6 +103,45 @@ def test_student_and_baseline_have_the_same_budget(there: Path, tmp_path: Path) 
     assert read(tmp_path / "run/metrics.json")["data"]["labelled"] == 27
 
 
+OWN_AVERAGE: dict[str, Any] = {
+    "teacher": None,
+    "student": {"model": "python:nets.py:student"},
+    "objective": [{"loss": "cross_entropy"}, {"loss": "mean_teacher", "weight": {"start": 0, "end": 20, "until": 0.5}, "decay": 0.9}],
+    "data": {"source": "npz:pictures.npz", "labelled_limit": 27},
+    "train": {"epochs": 3, "checkpoint_every": 2},
+}
+
+
+def test_its_own_average_teaches_unlabelled_samples(there: Path, tmp_path: Path) -> None:
+    path = recipe(there, "average.yaml", **OWN_AVERAGE)
+    metrics = run("distill", path, out=tmp_path / "run")
+    assert set(metrics["models"]) == {"student", "baseline"}
+    assert metrics["cost"]["steps"] == 3 * 3  # all 48 rows, and not the 27 with a label
+    assert steps(tmp_path / "run", "student") == steps(tmp_path / "run", "baseline")
+    told = [line["terms"] for line in lines(tmp_path / "run", "student") if "terms" in line]
+    assert told[0]["mean_teacher"] > 0  # dropout and batch statistics alone tell the two apart at first
+    assert load_file(tmp_path / "run/student/model.safetensors").keys() == load_file(tmp_path / "run/baseline/model.safetensors").keys()
+    stopped = start("distill", path, "--out", tmp_path / "stopped", SLOW="0.2")
+    wait_for(stopped, lambda: len(steps(tmp_path / "stopped", "student")) > 3)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=300)
+    assert stopped.returncode == 75
+    assert limbeck("distill", path, "--out", tmp_path / "stopped", "--resume") == 0
+    for role in ("student", "baseline"):
+        assert weights(tmp_path / "stopped" / role) == weights(tmp_path / "run" / role)
+    assert weights(tmp_path / "run/student") != weights(tmp_path / "run/baseline")
+
+
+def test_two_stages_move_one_average_once(there: Path, tmp_path: Path) -> None:
+    """A stage in the middle changes nothing where both have the same terms."""
+    stages = [{"epochs": 1}, {"epochs": 2}]
+    whole = recipe(there, "whole.yaml", **OWN_AVERAGE)
+    cut = recipe(there, "cut.yaml", **{**OWN_AVERAGE, "train": {**OWN_AVERAGE["train"], "stages": stages}})
+    run("distill", whole, "--no-baseline", out=tmp_path / "whole")
+    run("distill", cut, "--no-baseline", out=tmp_path / "cut")
+    assert weights(tmp_path / "whole/student") == weights(tmp_path / "cut/student")
+
+
 def test_a_peer_that_reads_other_inputs_is_refused(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peers = [{"model": "python:nets.py:student", "options": {"resolution": 12}}]
     path = recipe(there, "other.yaml", **{**TOGETHER, "student": {"model": "python:nets.py:student", "peers": peers}})

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from limbeck.losses import (
     Hint,
     Kdcl,
     LossEntry,
+    MeanTeacher,
     Mutual,
     Ofd,
     Population,
@@ -97,14 +99,15 @@ def fit(entry: LossEntry, student: Any, teacher: Any) -> bool:
     return True
 
 
+@dataclass
 class Peer:
     """Answers with what stands in the batch for it."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.module = number, nn.Identity()
+    number: int
+    module: nn.Module = field(default_factory=nn.Identity)
 
     def __call__(self, inputs: Any) -> Tensor:
-        return inputs["peers"][:, self.number]
+        return inputs["average"] if self.number < 0 else inputs["peers"][:, self.number]
 
 
 def built(entry: LossEntry, shapes: Any, values: dict[str, Any]) -> nn.Module:
@@ -113,6 +116,8 @@ def built(entry: LossEntry, shapes: Any, values: dict[str, Any]) -> nn.Module:
         return entry.function([Peer(i) for i in range(2)], **values)  # type: ignore[no-any-return]
     if entry.exits:
         return entry.function(shapes[0], C, **values)  # type: ignore[no-any-return]
+    if "average.logits" in entry.reads:
+        return entry.function(None, **values)  # type: ignore[no-any-return]
     rows = [len(POPULATION)] * ("samples" in entry.reads)
     return entry.function(*shapes, *rows, **values)  # type: ignore[no-any-return]
 
@@ -188,6 +193,7 @@ def in_objective(
         shapes_teacher=shapes.get("teacher"),
         population=POPULATION,
         peers=[Peer(i) for i in range(2)],
+        student=Peer(-1),
     ).to(tensors[0].dtype)
 
     def outputs(batch: Batch, now: list[Tensor]) -> tuple[Outputs, Signal]:
@@ -207,6 +213,8 @@ def batch_for(kind: Kind, tensors: list[Tensor], mask: Tensor) -> Batch:
         inputs = {"attention_mask": tensors[kind.entry.reads.index("mask")]}
     if "peers.logits" in kind.entry.reads:
         inputs = {"peers": tensors[kind.entry.reads.index("peers.logits")]}
+    if "average.logits" in kind.entry.reads:
+        inputs = {"average": tensors[kind.entry.reads.index("average.logits")]}
     ids = IDS[tensors[2][:, 0]] if "samples" in kind.entry.reads else np.zeros((len(mask), 2), np.uint64)
     return Batch(ids, 0, inputs, None, labels, mask)
 
@@ -393,6 +401,7 @@ def test_corners_of_logits_are_finite(entry: LossEntry, corner: str) -> None:
             "student.logits": student.requires_grad_(),
             "teacher.logits": teacher,
             "peers.logits": teacher[:, None],
+            "average.logits": teacher,
             "labels": torch.zeros(len(student), dtype=torch.int64),
         }
         values_of = built(entry, None, {**entry.example}) if entry.learned else partial(entry.function, **{**entry.example, **changed})
@@ -424,6 +433,31 @@ def test_what_teaches_without_a_teacher_is_known_where_recipes_are_read() -> Non
     from limbeck import _recipe_check
 
     assert set(_recipe_check.SELF_TAUGHT) == {entry.name for entry in LOSSES.values() if entry.self_taught}
+
+
+def test_the_average_moves_behind_each_step() -> None:
+    """Warmed up as the authors do, batch statistics too; counts are taken over, and a step that was none moves nothing."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    loss = MeanTeacher(Peer(-1, student), decay=0.7)
+    loss.follow(student)
+    assert loss.train().average.training is False
+    kept = {name: value.numpy().copy() for name, value in student.state_dict().items()}
+    for step in range(1, 6):
+        loss.stepped(keep=False)
+        with torch.no_grad():
+            for value in student.state_dict().values():
+                value += 1 if not value.is_floating_point() else torch.randn(value.shape)
+        loss.stepped()
+        a = min(1 - 1 / (step + 1), 0.7)
+        for name, value in student.state_dict().items():
+            now = value.numpy()
+            kept[name] = a * kept[name] + (1 - a) * now if value.is_floating_point() else now.copy()
+            np.testing.assert_allclose(loss.average.state_dict()[name], kept[name], rtol=1e-7)
+    assert not any(p.requires_grad for p in loss.parameters())
+    x, z = torch.randn(N, C), torch.randn(N, C)
+    np.testing.assert_allclose(loss(x, z), ((softmax(x.numpy()) - softmax(z.numpy())) ** 2).sum(1) / C, rtol=1e-5)
+    torch.testing.assert_close(MeanTeacher(cost="kl", temperature=3.0)(x, z), kd(x, z, temperature=3.0))
 
 
 def test_students_learn_from_each_other() -> None:

@@ -146,7 +146,14 @@ def staged_fit(folder: Path, data: Data, recipe: Recipe, **arguments: Any) -> tu
     train = settings(**{k: v for k, v in recipe.train.model_dump().items() if k in ("stages", "epochs", "lr", "schedule", "warmup")})
     train = train.model_copy(update={"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "clip_norm": None})
     return run_fit(
-        folder, data=data, train=train, plan=feed.plan, builder=feed.builder, objective=parts.objective(recipe.seed), seed=3, **arguments
+        folder,
+        data=data,
+        train=train,
+        plan=feed.plan,
+        builder=feed.builder,
+        objective=parts.objective(recipe.seed, None),
+        seed=3,
+        **arguments,
     )
 
 

@@ -37,12 +37,24 @@ __all__ = [
     "shaped",
 ]
 
-Reads = Literal["student.logits", "teacher.logits", "student.features", "teacher.features", "labels", "mask", "samples", "peers.logits"]
+Reads = Literal[
+    "student.logits",
+    "teacher.logits",
+    "student.features",
+    "teacher.features",
+    "labels",
+    "mask",
+    "samples",
+    "peers.logits",
+    "average.logits",
+]
 """A tensor that a loss takes. Logits: (N, C). Features: (N, ...), such as (N, D) or (N, Ch, H, W). Labels: (N,) int64 or (N, C) floats. Mask: (N, T),
 0 at padding, beside features by token. Samples: (N, 1 + K) int64, where a sample and others that are drawn for it stand among all training rows
 (:class:`limbeck.losses._population.Population`); the loss is a module with ``negatives`` (K), is built with the number of rows as its third argument,
 and is told of each optimiser step by ``stepped``. Peers' logits: (N, K - 1, C), of networks that learn beside the student; the loss is a module that
-is built as ``function(models, *, parameters)`` and has ``answers`` (:class:`limbeck.losses.peers.Peers`)."""
+is built as ``function(models, *, parameters)`` and has ``answers`` (:class:`limbeck.losses.peers.Peers`). Average's logits: (N, C), of a
+copy of the student that the loss keeps (:class:`limbeck.losses.peers.MeanTeacher`): it is built as ``function(model, *, parameters)``, follows the
+student's module, and is told of each step."""
 
 Shape = tuple[int, ...]
 """Of a captured feature, batch first."""
@@ -200,9 +212,14 @@ class LossEntry:
     exits: bool = False
 
     @property
+    def remembers(self) -> bool:
+        """Whether it is told of each optimiser step."""
+        return "samples" in self.reads or "average.logits" in self.reads
+
+    @property
     def self_taught(self) -> bool:
         """Whether it teaches without a teacher: by peers, or by the student's own layers."""
-        return "peers.logits" in self.reads or (self.exits and "teacher.logits" not in self.reads)
+        return "peers.logits" in self.reads or "average.logits" in self.reads or (self.exits and "teacher.logits" not in self.reads)
 
     @property
     def learned(self) -> bool:
@@ -227,6 +244,7 @@ class LossEntry:
         layers = [f"{which} of the student{sides}"] * ("student.features" in self.reads)
         logits = ["the teacher's logits"] * ("teacher.logits" in self.reads)
         peers = ["students beside it"] * ("peers.logits" in self.reads)
+        peers += ["an average of the student"] * ("average.logits" in self.reads)
         labels = ["one label a sample" if self.hard_labels else "labels"] * ("labels" in self.reads)
         batch = ["several samples at once"] * (not self.per_item)
         return ", ".join([*layers, *logits, *peers, *labels, *batch])

@@ -9,7 +9,7 @@ from limbeck.losses.exits import Byot, OfaExits, ofa
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Review, Vid, attention_transfer, nst
-from limbeck.losses.peers import Kdcl, Mutual
+from limbeck.losses.peers import Kdcl, MeanTeacher, Mutual
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
 from limbeck.losses.transformers import minilm, minilm_v2, of_first_tokens, of_projections, patient, tinybert_attention
@@ -501,6 +501,19 @@ _ROWS = (
         cost="N K C, and the steps of K - 1 peers",
         example={"temperature": 2.0},
         hard_labels=True,
+    ),
+    LossEntry(
+        name="mean_teacher",
+        function=MeanTeacher,
+        reads=("student.logits", "average.logits"),
+        per_item=True,
+        zero_at={},
+        shift_invariant=True,
+        summary="Agree with the average of one's own past weights. Where there is no teacher and most samples have no label.",
+        source="Tarvainen and Valpola 2017, arXiv:1703.01780",
+        cost="N C, and a forward pass of the average",
+        weight=100.0,
+        example={"decay": 0.99},
     ),
     LossEntry(
         name="byot",

@@ -1,8 +1,11 @@
-"""Losses of students that learn together: peers that train beside the student, in the same steps, and stay behind when it leaves."""
+"""Losses of students that learn without a finished teacher: from peers that train beside them in the same steps, or from their own average. What they
+learn from stays behind when they leave."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,7 +16,7 @@ from limbeck.losses._seam import raised
 from limbeck.losses._shared import kl, log_softmax
 from limbeck.losses.logits import cross_entropy
 
-__all__ = ["Kdcl", "Mutual", "Peers"]
+__all__ = ["Kdcl", "MeanTeacher", "Mutual", "Peers"]
 
 _Softness = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0")]
 
@@ -99,3 +102,75 @@ class Kdcl(Peers):
             best = told[torch.arange(len(z), device=z.device), wrong.argmin(1)]
         log_p, log_q = log_softmax(best, t), log_softmax(z, t)
         return _supervised(raised(peers), labels) + t**2 * torch.stack([kl(log_p, own) for own in log_q.unbind(1)]).sum(0)
+
+
+class MeanTeacher(nn.Module):
+    """``1 / C * sum over classes of (q - p)^2``, or ``T^2 KL(p || q)`` with ``cost: kl``: the student against the average of its own past weights.
+
+    q are the student's probabilities, p those of its average (at the temperature T for kl), which answers in eval mode and gets no gradient. Behind
+    each optimiser step the average moves to a times itself and 1 - a times the student, batch statistics too, a = min(1 - 1 / (t + 1), decay) in
+    step t. It learns from all samples, and needs no labels, so it also makes unlabelled ones count without any teacher; beside it belongs
+    ``cross_entropy``. The average is in the checkpoints, and never exported (``train.ema`` averages the student that is). Both see the same view of a
+    sample; the authors give each its own.
+
+    student, average: (N, C) logits. Returns (N,), 0 where both agree. The authors take decay 0.99 at first and 0.999 later, and raise the weight
+    to 100 (mse) over the first epochs: ``weight: {start: 0, end: 100, until: 0.2}``.
+
+    Source: Tarvainen and Valpola 2017, "Mean teachers are better role models", arXiv:1703.01780, section 2, equations 1 and 2, and the authors' code.
+
+    >>> import torch
+    >>> MeanTeacher()(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor([0.])
+    """
+
+    count: Tensor
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        decay: Annotated[float, Field(ge=0, lt=1, description="a number from 0 to below 1")] = 0.999,
+        cost: Literal["mse", "kl"] = "mse",
+        temperature: _Softness = 1.0,
+    ) -> None:
+        super().__init__()
+        self._decay, self._cost, self._temperature = decay, cost, temperature
+        self._ask = None if model is None else replace(model, module=copy.deepcopy(model.module).requires_grad_(False).eval())
+        self.average = nn.Identity() if self._ask is None else self._ask.module
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self._followed: list[nn.Module] = []  # not a part of this one
+
+    def train(self, mode: bool = True) -> MeanTeacher:
+        super().train(mode)
+        self.average.eval()
+        return self
+
+    def follow(self, student: nn.Module) -> None:
+        """student: the module that is trained, of the same kind as the average."""
+        self._followed = [student]
+
+    @torch.no_grad()
+    def answers(self, inputs: Any) -> Tensor:
+        """The student's inputs -> (B, C) logits of its average."""
+        assert self._ask is not None
+        return raised(self._ask(inputs))
+
+    @torch.no_grad()
+    def stepped(self, keep: bool = True) -> None:
+        """Behind an optimiser step: the average moves. keep: False where it was none."""
+        if not keep or not self._followed:
+            return
+        self.count += 1
+        own, theirs = self.average.state_dict(), self._followed[0].state_dict()
+        for name, value in own.items():
+            if value.is_floating_point():
+                share = (1 / (self.count.to(value.dtype) + 1)).clamp(min=1 - self._decay)
+                value.lerp_(theirs[name].to(value.dtype), share)
+            else:
+                value.copy_(theirs[name])
+
+    def forward(self, student: Tensor, average: Tensor) -> Tensor:
+        student, average, t = raised(student), raised(average).detach(), self._temperature
+        if self._cost == "kl":
+            return t**2 * kl(log_softmax(average, t), log_softmax(student, t))
+        return (student.softmax(-1) - average.softmax(-1)).square().mean(-1)
