@@ -49,6 +49,7 @@ OPTIMIZER = ("unit/test_optimizer.py",)
 RESUME = ("unit/test_loop.py::test_a_stop_at_every_step_ends_in_the_same_bytes",)
 KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log",)
 TEACHER = ("unit/test_teacher.py",)
+CRD = ("unit/test_crd.py",)
 PEERS = ("e2e/test_peers.py",)
 STAGED_AVERAGE = ("e2e/test_peers.py::test_two_stages_move_one_average_once",)
 ENSEMBLE = ("unit/test_ensemble.py",)
@@ -445,6 +446,27 @@ MUTANTS = (
         'number: student if self._shared(wanted) else prepare(f"teacher {number}", wanted)',
         "number: student",
         BATCHES,
+    ),
+    # --- crd and review
+    Mutant("crd-draws-the-same-in-every-step", "objective.py", ", number, float(progress).hex())", ", number)", CRD),
+    Mutant(
+        "crd-at-half-momentum",
+        "losses/contrast.py",
+        "memory[places] * self._momentum + mean * (1 - self._momentum)",
+        "memory[places] * 0.5 + mean * 0.5",
+        CRD,
+    ),
+    Mutant("crd-takes-one-of-equal-samples", "losses/contrast.py", "/ counts[:, None]", "/ 1", CRD),
+    Mutant("crd-told-from-its-own-class", "losses/_population.py", "others + width * (others >= start)", "others", CRD),
+    Mutant("crd-without-noise", "losses/contrast.py", "(samples.shape[1] - 1) / len(self.of_student)", "1 / len(self.of_student)", LOSSES),
+    Mutant("review-without-the-deeper-levels", "losses/maps.py", "            deeper = x\n            total", "            total", LOSSES),
+    Mutant("review-weighs-both-by-one", "losses/maps.py", "x = a * x + b * y", "x = a * x + a * y", LOSSES),
+    Mutant(
+        "review-resizes-before-it-fuses",
+        "losses/maps.py",
+        "total = total + hcl(self.then[i](x), theirs[i])",
+        "total = total + hcl(x, theirs[i])",
+        LOSSES,
     ),
     # --- exits
     Mutant("ofa-counts-the-label-twice", "losses/exits.py", "** gamma - chosen", "** gamma", LOSSES),

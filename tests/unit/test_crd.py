@@ -14,6 +14,7 @@ from limbeck.losses import Crd, Population
 from limbeck.objective import Objective
 from limbeck.ranks import ALONE
 from limbeck.recipe import Term
+from limbeck.types import Batch, Outputs, Signal
 from relational import fit_once, fit_together
 from support import run_fit, settings, state_bytes, toy_data
 
@@ -104,6 +105,61 @@ def test_the_memory_moves_behind_the_step_and_not_before() -> None:
             new = torch.nn.functional.normalize(linear(part[at]), dim=1).detach()
             moved = torch.nn.functional.normalize(0.5 * before[name][i] + 0.5 * new[0], dim=0)
             torch.testing.assert_close(after[name][i], moved, rtol=1e-12, atol=1e-12)
+
+
+def test_two_steps_at_another_momentum_are_the_formula() -> None:
+    rng = np.random.default_rng(1)
+    torch.manual_seed(0)
+    loss = Crd((2, 3), (2, 5), 6, student="a", teacher="b", dim=4, negatives=2, momentum=0.8).double()
+    kept = {name: getattr(loss, name).numpy().copy() for name in ("of_student", "of_teacher")}
+    for places in ([0, 2, 5], [2, 1, 2]):  # a sample twice in one step: the mean of both
+        given = rng.normal(size=(3, 3)), rng.normal(size=(3, 5))
+        samples = torch.tensor([[place, 3, 4] for place in places])
+        loss(torch.tensor(given[0]), torch.tensor(given[1]), samples)
+        loss.stepped()
+        for name, linear, x in zip(kept, (loss.embed_student, loss.embed_teacher), given, strict=True):
+            new = x @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+            new /= np.linalg.norm(new, axis=1, keepdims=True)
+            for place in set(places):
+                moved = 0.8 * kept[name][place] + 0.2 * new[np.array(places) == place].mean(0)
+                kept[name][place] = moved / np.linalg.norm(moved)
+            np.testing.assert_allclose(getattr(loss, name), kept[name], rtol=1e-12, atol=1e-14)
+
+
+def test_neither_order_nor_cut_decides_about_equal_samples() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(6, 3, generator=g).double(), torch.randn(6, 5, generator=g).double()
+    samples = torch.tensor([[place, 4, 5] for place in (0, 1, 0, 2, 0, 1)])
+
+    def moved(order: list[int], cut: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        loss = Crd((2, 3), (2, 5), 6, student="a", teacher="b", dim=4, negatives=2).double()
+        loss.scale.fill_(1.0)  # known: it depends on the cut of the very first step
+        for part in torch.tensor(order).chunk(cut):
+            loss(x[part], y[part], samples[part])
+        loss.stepped()
+        return {name: getattr(loss, name) for name in ("of_student", "of_teacher")}
+
+    plain = moved([0, 1, 2, 3, 4, 5], 1)
+    for order, cut in (([5, 4, 3, 2, 1, 0], 1), ([0, 1, 2, 3, 4, 5], 3), ([2, 0, 4, 1, 5, 3], 2)):
+        for name, value in moved(order, cut).items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-12, atol=1e-14)
+
+
+def test_another_step_draws_others() -> None:
+    """The values of the same samples, weights and memory at two steps: other negatives."""
+    data, objective = toy_data(30), built().double()
+    rows = torch.arange(8)
+    batch = Batch(data.train.ids[:8], 0, {"x": torch.zeros(8, 1)}, None, torch.from_numpy(data.train.labels[:8]), rows >= 0)
+    torch.manual_seed(1)
+    outputs = Outputs(torch.zeros(8, 4).double(), {"body": torch.randn(8, 5).double()})
+    signal = Signal(None, {"norm": torch.randn(8, 16).double()})
+    found = []
+    for progress in (0.0, 0.0, 0.1):
+        _, parts = objective(outputs, signal, batch, progress=progress, counts=objective.counts(batch))
+        objective.stepped(keep=False)
+        found.append(float(parts["crd"]))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_zero_vector_is_finite() -> None:

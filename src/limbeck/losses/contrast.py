@@ -23,9 +23,10 @@ class Crd(nn.Module):
 
     s and t are learned linear maps of both features, of length 1. A memory keeps the s and t of all M training rows. p_k is
     exp(s . memory_t[k] / T) / Z for the sample itself (k = 0) and K others of another class (without labels: any other sample), and the same the
-    other way round, t against memory_s; the two losses are added. Z is M times the mean of the first microbatch, and stays. The memory is read as it
-    was before the step, and moves behind it: ``momentum`` of the old entry, the rest of the new one, of length 1 again. Which others are drawn is a
-    function of (seed, step, sample), so neither the order of a batch nor a stop changes it; on several ranks all memories move alike.
+    other way round, t against memory_s; the two losses are added. Z is M times the mean of the first microbatch of the first step (of the whole step
+    only where it is not cut), and stays. The memory is read as it was before the step, and moves behind it: ``momentum`` of the old entry, the rest
+    of the new one (of equal samples in one step their mean), of length 1 again. Which others are drawn is a function of (seed, step, sample), so
+    neither the order of a batch nor a stop changes it; on several ranks all memories move alike.
 
     student_shape, teacher_shape: (B, D) or (B, Ch, H, W), flattened. rows: M. dim: of s and t. negatives: K, drawn with replacement, as the
     authors do even where M is smaller. Returns (N,). The authors weigh it by 0.8, on the embedding before the classifier. A step holds
@@ -98,8 +99,10 @@ class Crd(nn.Module):
         """Behind an optimiser step: the memory moves to what was seen in it. keep: False forgets that instead."""
         if keep and self._found is not None:
             self.scale.copy_(self._found)
-            for places, s, t in self._seen:
-                for memory, new in ((self.of_student, s), (self.of_teacher, t)):
-                    moved = memory[places] * self._momentum + new.to(memory.dtype) * (1 - self._momentum)
-                    memory[places] = F.normalize(moved, dim=1)
+            seen, *new = (torch.cat(each) for each in zip(*self._seen, strict=True))
+            places, at, counts = torch.unique(seen, return_inverse=True, return_counts=True)
+            for memory, each in zip((self.of_student, self.of_teacher), new, strict=True):
+                # of equal samples in one step the mean, so that neither their order nor a cut between them decides
+                mean = memory.new_zeros(len(places), memory.shape[1]).index_add_(0, at, each.to(memory.dtype)) / counts[:, None]
+                memory[places] = F.normalize(memory[places] * self._momentum + mean * (1 - self._momentum), dim=1)
         self._found, self._seen = None, []
