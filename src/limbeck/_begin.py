@@ -28,8 +28,8 @@ from limbeck.cache import TableTeacher
 from limbeck.data import Data, load_data
 from limbeck.engine import check_precision, choose_device
 from limbeck.errors import Problem, UsageError
-from limbeck.losses import AUTO
-from limbeck.models import Model, build_model, class_map, pair_layers, sources, validate_paths, which_blocks
+from limbeck.losses import AUTO, LOSSES
+from limbeck.models import Model, build_model, class_map, exit_layers, pair_layers, sources, validate_paths, which_blocks
 from limbeck.objective import Objective, StagedObjective, needs_of, with_pairs
 from limbeck.placement import Seat, check_seat, seat_of
 from limbeck.randomness import seed_for
@@ -163,8 +163,8 @@ class Begun:
     table: where it is a file of logits; columns: its output for each class of the data; answers: its cache, None where it is asked in every step;
     found: whose cache that is; cached: whether answers are kept, and why; whole: they are only read where every one is there; there: its
     directories where some answers are, and are not read; seat: where the teacher is asked, None where there is none to ask; pairs: the layers
-    (student's, teacher's) that ``layers: auto`` stands for. members: of several teachers, each as if it were the only one; the fields that are of
-    one teacher are then empty, and ``known`` is what is known of all of them."""
+    (student's, teacher's) that ``layers: auto`` stands for; exits: the student's layers that it stands for where exits are on them. members: of
+    several teachers, each as if it were the only one; the fields that are of one teacher are then empty, and ``known`` is what is known of all."""
 
     device: torch.device
     student: Model
@@ -184,6 +184,7 @@ class Begun:
     there: dict[str, Path] = field(default_factory=dict)
     seat: Seat | None = None
     pairs: tuple[tuple[str, str], ...] = ()
+    exits: tuple[str, ...] = ()
     members: tuple[Begun, ...] = ()
 
     @property
@@ -206,7 +207,7 @@ class Begun:
 
     def settled(self, recipe: Recipe) -> Recipe:
         """The recipe with the pairs of layers in place of ``layers: auto``."""
-        return _settled(recipe, self.pairs) if self.pairs else recipe
+        return _settled(recipe, self.pairs, self.exits) if self.pairs or self.exits else recipe
 
 
 def begin(job: Job, *, label: bool = False) -> Begun:
@@ -228,18 +229,27 @@ def begin(job: Job, *, label: bool = False) -> Begun:
     student = job.build_student(recipe.seed)
     pairs: tuple[tuple[str, str], ...] = ()
     early: tuple[Model, np.ndarray[Any, Any] | None, bool] | None = None
-    if AUTO in needs_of(recipe.terms)[1].features and source is not None:  # whose answers depend on the layers
+    exits: tuple[str, ...] = ()
+    of_student, of_teacher = needs_of(recipe.terms)
+    if any(LOSSES[t.loss].exits and (t.model_extra or {}).get("layers") == AUTO for t in recipe.terms):
+        exits = tuple(exit_layers(student))
+    if AUTO in of_teacher.features and source is not None:  # whose answers depend on the layers
         early = teacher_of(job)
         pairs = tuple(pair_layers(student, early[0]))
-        recipe = _settled(recipe, pairs)
+    if AUTO in of_student.features:
+        recipe = _settled(recipe, pairs, exits)
         job = replace(job, recipe=recipe)
     parts = Parts(recipe, data, student.preprocessing, None, batch_statistics=has_batch_statistics(student), ranks=job.ranks)
     parts.build_peers = job.build_peers
-    begun = Begun(device, student, parts, None, [], {}, pairs=pairs)  # type: ignore[arg-type]
+    begun = Begun(device, student, parts, None, [], {}, pairs=pairs, exits=exits)  # type: ignore[arg-type]
     if pairs:
         named = ", ".join(f"{ours} with {theirs}" for ours, theirs in pairs)
         begun.notes.append(
             f"layers: auto compares layers of student and teacher: {named}. To choose others, give lists as student and teacher."
+        )
+    if exits:
+        begun.notes.append(
+            f"layers: auto has exits on layers of the student: {', '.join(exits)}. To choose others, give a list as student."
         )
     told: Sources | None = None
     if spec is not None and spec.model.startswith("logits:"):
@@ -347,6 +357,8 @@ def _several(job: Job, label: bool) -> Begun:
     notes = dict.fromkeys(note for one in members for note in one.notes)
     facts = {**first.facts, "teacher": [one.facts["teacher"] for one in members]}
     begun = Begun(first.device, student, parts, first.objective, list(notes), facts, known=together, members=tuple(members))
+    begun.exits = first.exits
+    parts.recipe, parts.shapes_student = begun.settled(job.recipe), first.parts.shapes_student
     begun.prepare()
     return begun
 
@@ -356,16 +368,16 @@ def _within(where: str, number: int) -> str:
     return f"teacher.{number}{where.removeprefix('teacher')}" if where == "teacher" or where.startswith("teacher.") else where
 
 
-def _settled(recipe: Recipe, pairs: Sequence[tuple[str, str]]) -> Recipe:
-    """The recipe, in whose stages too ``layers: auto`` is these pairs."""
+def _settled(recipe: Recipe, pairs: Sequence[tuple[str, str]], exits: Sequence[str]) -> Recipe:
+    """The recipe, in whose stages too ``layers: auto`` is these pairs, and these layers for exits."""
     stages = recipe.train.stages
     if stages is not None:
         stages = [
-            stage if stage.objective is None else stage.model_copy(update={"objective": with_pairs(stage.objective, pairs)})
+            stage if stage.objective is None else stage.model_copy(update={"objective": with_pairs(stage.objective, pairs, exits)})
             for stage in stages
         ]
     train = recipe.train.model_copy(update={"stages": stages})
-    return recipe.model_copy(update={"objective": with_pairs(recipe.objective, pairs), "train": train})
+    return recipe.model_copy(update={"objective": with_pairs(recipe.objective, pairs, exits), "train": train})
 
 
 def agree(job: Job, begun: Begun) -> None:

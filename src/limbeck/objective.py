@@ -142,8 +142,8 @@ def temperatures_of(terms: Sequence[Term]) -> list[float | str]:
     return list(found)
 
 
-def with_pairs(terms: Sequence[Term], pairs: Sequence[tuple[str, str]]) -> list[Term]:
-    """The terms, with these pairs of layers (student's, teacher's) in place of ``layers: auto``.
+def with_pairs(terms: Sequence[Term], pairs: Sequence[tuple[str, str]], exits: Sequence[str] = ()) -> list[Term]:
+    """The terms, with these pairs of layers (student's, teacher's) in place of ``layers: auto``; exits: the student's layers that get one.
 
     >>> with_pairs([Term(loss="patient", layers="auto")], [("a", "c"), ("b", "d")])
     [Term(loss='patient', weight=1.0, student='a', teacher='c')]
@@ -153,8 +153,9 @@ def with_pairs(terms: Sequence[Term], pairs: Sequence[tuple[str, str]]) -> list[
         values = dict(term.model_extra or {})
         if values.get("layers") == AUTO:
             del values["layers"]
-            chosen = pairs[:-1] if LOSSES[term.loss].but_last and len(pairs) > 1 else pairs
-            for side, each in zip(("student", "teacher"), zip(*chosen, strict=True), strict=True):
+            known: Sequence[tuple[str, ...]] = [(path,) for path in exits] if LOSSES[term.loss].exits else pairs
+            chosen = known[:-1] if LOSSES[term.loss].but_last and len(known) > 1 else known
+            for side, each in zip(("student", "teacher"), zip(*chosen, strict=True), strict=False):
                 values[side] = each[0] if len(each) == 1 else list(each)
             term = Term.model_validate({"loss": term.loss, "weight": term.weight, **values})
         found.append(term)

@@ -109,6 +109,30 @@ def test_exits_learn_and_stay_behind(tmp_path: Path) -> None:
     assert "look.query.weight" in plain.student.state_dict()
 
 
+def test_layers_for_exits_are_recorded_and_a_resume_takes_them(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 1, 4, 4, generator=g), torch.randint(0, 3, (24,), generator=g)
+    auto = [{"loss": "cross_entropy"}, {"loss": "ofa_exits", "layers": "auto"}, {"loss": "byot", "layers": "auto"}]
+
+    def run(out: str, objective: list[dict[str, Any]], teacher: Any, **more: Any) -> None:
+        torch.manual_seed(1)
+        limbeck.distill(
+            student=Stages(2), teacher=teacher, train=(x[:12], y[:12]), test=(x[18:], y[18:]), objective=objective, baseline=False, export=[],
+            epochs=2, batch_size=6, out=tmp_path / out, progress="none", precision="float32", **more,
+        )  # fmt: skip
+
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    run("auto", auto, flat)
+    terms = yaml.safe_load((tmp_path / "auto/recipe.yaml").read_text())["objective"]
+    assert [term.get("student") for term in terms] == [None, ["first", "second"], "first"]
+    named = [auto[0], {"loss": "ofa_exits", "student": ["first", "second"]}, {"loss": "byot", "student": "first"}]
+    run("named", named, flat)
+    assert (tmp_path / "auto/student/model.safetensors").read_bytes() == (tmp_path / "named/student/model.safetensors").read_bytes()
+    run("auto", auto, flat, resume=True)
+    run("several", auto, [flat, flat])
+    assert yaml.safe_load((tmp_path / "several/recipe.yaml").read_text())["objective"] == terms
+
+
 class Stages(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

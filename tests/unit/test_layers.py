@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import UsageError
 from limbeck.losses.transformers import split_heads
-from limbeck.models import Capture, Model, build_model, pair_layers, validate_paths, wrap_module
+from limbeck.models import Capture, Model, build_model, exit_layers, pair_layers, validate_paths, wrap_module
 from models_support import floats, images, spec, text_config, text_folder, texts
 
 
@@ -137,3 +137,18 @@ def test_layers_of_transformers_are_spaced_evenly(tmp_path: Path) -> None:
     other = wrap_module(nn.Sequential(nn.Linear(6, 4)), role="student", data=floats())
     with pytest.raises(UsageError, match="the student is neither and the teacher is a transformer"):
         pair_layers(other, deep)
+
+
+def test_exits_are_on_stages_and_on_evenly_spaced_layers() -> None:
+    pytest.importorskip("torchvision")
+    data = images()
+    cnn = build_model(spec("torchvision:resnet18"), role="student", data=data, seed=0, base=Path())
+    assert exit_layers(cnn) == ["layer1", "layer2", "layer3", "layer4"]
+    timm = pytest.importorskip("timm")
+    vit = wrap_module(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=8, num_classes=4), role="student", data=data
+    )
+    assert exit_layers(vit) == ["blocks.1", "blocks.3", "blocks.5", "blocks.7"]
+    plain = wrap_module(nn.Linear(6, 4), role="student", data=floats())
+    with pytest.raises(UsageError, match="the student is neither"):
+        exit_layers(plain)

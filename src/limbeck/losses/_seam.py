@@ -271,8 +271,9 @@ class LossEntry:
             if p.layer is not None
         }
         said = "auto, in place of student and teacher: the same stages of CNNs, evenly spaced layers of transformers"
-        if len(sides) < 2:  # there is no pair to be found
-            return {**several, **{name: p for name, p in found.items() if name not in several}}
+        if self.exits:
+            said = "auto, in place of student: the stages of a CNN, four evenly spaced layers of a transformer"
+            said += ", without the last one" * self.but_last
         auto = Parameter("layers", Literal["auto"] | None, None, said, schedulable=False, per_class=False, layer=None)
         return {**several, auto.name: auto, **{name: p for name, p in found.items() if name not in several}}
 

@@ -529,6 +529,7 @@ _ROWS = (
         sequences=True,
         layers="sum",
         exits=True,
+        but_last=True,
     ),
 )
 

@@ -8,7 +8,7 @@ from limbeck.models._images import adapt_published, try_model
 from limbeck.models._labels import class_map
 from limbeck.models._model import Model, call_module, describe, logits_of, state_hash
 from limbeck.models._names import SHORT_NAMES, known_models
-from limbeck.models._pairing import pair_layers
+from limbeck.models._pairing import exit_layers, pair_layers
 from limbeck.models._python import call_factory
 from limbeck.models._recompute import Recomputed, which_blocks
 from limbeck.models._saved import load_into, load_saved, save_model
@@ -26,6 +26,7 @@ __all__ = [
     "called_layers",
     "class_map",
     "describe",
+    "exit_layers",
     "known_models",
     "load_into",
     "load_saved",

@@ -11,7 +11,7 @@ from limbeck.errors import Problem, UsageError
 from limbeck.models._images import sample_inputs
 from limbeck.models._model import Model, untouched
 
-__all__ = ["evenly", "pair_layers"]
+__all__ = ["evenly", "exit_layers", "pair_layers"]
 
 _POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._AvgPoolNd)
 
@@ -33,6 +33,19 @@ def pair_layers(student: Model, teacher: Model) -> list[tuple[str, str]]:
     ]
     text = f"layers: auto pairs two transformers or two convolutional networks; the student is {kinds[0]} and the teacher is {kinds[1]}."
     raise UsageError(Problem("objective", text, "Name the layers: student: [...], teacher: [...]."))
+
+
+def exit_layers(student: Model) -> list[str]:
+    """Layers for exits, the last one last: the last layers of the stages of a convolutional network, four evenly spaced ones of a transformer.
+
+    Raises: UsageError for other models.
+    """
+    stack = _stack(student.module)
+    found = [stack[i] for i in evenly(min(4, len(stack)), len(stack))[1]] if stack else _stages(student)
+    if not found:
+        text = "layers: auto finds the stages of a convolutional network, or the layers of a transformer, and the student is neither."
+        raise UsageError(Problem("objective", text, "Name the layers: student: [...]."))
+    return found
 
 
 def evenly(ours: int, theirs: int) -> tuple[list[int], list[int]]:
