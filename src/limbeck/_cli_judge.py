@@ -74,6 +74,14 @@ def check_run(run: str, problems: list[Problem]) -> Path:
     return folder
 
 
+def served_folder(run: str, problems: Iterable[Problem] = ()) -> Path:
+    """The folder of a finished run, or of an artifact, which may be anywhere."""
+    if (Path(run) / "manifest.json").is_file():
+        refuse(list(problems))
+        return Path(run)
+    return run_folder(run, problems)
+
+
 def no_such(path: Path, kind: str) -> Problem:
     if os.path.exists(path):
         return Problem("", f"'{path}' is not a {kind}.")

@@ -18,6 +18,8 @@ from limbeck.errors import Problem, nearest
 
 REGRESSION = 3
 EXPORTS = ("onnx", "torchscript", "pt2")
+SCHEMES = ("int8", "int8-static", "int8-dynamic", "fp16")
+LAYOUTS = ("folder", "triton")
 
 
 def evaluate(run: Run, json: Json = False) -> None:
@@ -39,31 +41,84 @@ def export(
     run: Run,
     format: Annotated[  # noqa: A002
         list[str] | None,
-        typer.Option("--format", metavar="NAME", show_default=False, help="onnx (default), torchscript or pt2; repeatable."),
+        typer.Option(
+            "--format", metavar="NAME", show_default=False, help="onnx (default), torchscript or pt2; repeatable, or with commas."
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", metavar="SCHEME", help="int8 (static or dynamic, by the operators), int8-static, int8-dynamic or fp16."),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option("--max-drop", metavar="POINTS", help="How far accuracy on validation may fall with --quantize: 0.5 by default."),
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--layout", metavar="NAME", show_default=False, help="Of ONNX: folder (which --quantize always makes), or triton too."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Export the student of a run, checked against its weights."""
+    """Export the student of a run, checked against its weights.
+
+    With --quantize or --layout the ONNX file becomes a folder that can be copied away, RUN/export/onnx-SCHEME, with labels, preprocessing, a few
+    lines of Python and a manifest. Fewer bits that cost more accuracy than --max-drop, or save no byte, are refused with 3.
+    """
 
     def work() -> dict[str, Any]:
-        formats = list(dict.fromkeys(format or ["onnx"]))
-        problems = [
-            Problem("--format", f"got '{name}', expected one of {', '.join(EXPORTS)}.", nearest(name, EXPORTS))
-            for name in formats
-            if name not in EXPORTS
-        ]
+        formats, layouts = _names(format) or ["onnx"], _names(layout)
+        problems = [*_unknown("--format", formats, EXPORTS), *_unknown("--layout", layouts, LAYOUTS)]
+        problems += _unknown("--quantize", [] if quantize is None else [quantize], SCHEMES)
+        if "onnx" not in formats:
+            given = [option for option, value in (("--quantize", quantize), ("--layout", layouts)) if value]
+            problems += [Problem(option, "is for ONNX, and --format has none.", "Add --format onnx.") for option in given]
+        if max_drop is not None and quantize is None:
+            problems.append(Problem("--max-drop", "has no effect without --quantize."))
+        drop = 0.5 if max_drop is None else _from_zero("--max-drop", max_drop, problems)
         folder = run_folder(run, problems)
         from limbeck.again import export_run
 
-        return dict(export_run(folder, formats))
+        def say(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        return dict(export_run(folder, formats, quantize=quantize, max_drop=drop, layouts=layouts, progress=say))
 
     result = emit(work, json)
-    if not json:
-        rows = [
-            (name, str(Path(run) / row.get("file", "")), f"{row['bytes']:,}", f"{row['max_abs_diff']:.2g}", f"{row['agreement']:.4f}")
-            for name, row in result.items()
-        ]
-        table(("format", "file", "bytes", "largest difference", "agreement"), rows)
+    if json:
+        return
+    rows = [
+        (
+            name,
+            str(Path(run) / row.get("file", "")),
+            f"{row['bytes']:,}",
+            f"{row['max_abs_diff']:.2g}",
+            f"{row['agreement']:.4f}",
+            f"{100 * row['test']['metrics']['accuracy']:.2f} %",
+            f"{row['latency_ms']['p50']:.3g} ms",
+        )
+        for name, row in result.items()
+    ]
+    table(("format", "file", "bytes", "largest difference", "agreement", "test accuracy", "latency p50"), rows)
+    for row in result.values():
+        if row.get("quantization"):
+            print(f"{row['quantization']['why']} {row['about']}")
+        if row.get("triton"):
+            print(f"Triton's model repository: {Path(run) / row['triton']}")
+
+
+def _names(given: list[str] | None) -> list[str]:
+    """Of an option that may be repeated, or have commas."""
+    return list(dict.fromkeys(name.strip() for text in given or [] for name in text.split(",")))
+
+
+def _unknown(option: str, given: list[str], allowed: tuple[str, ...]) -> list[Problem]:
+    return [
+        Problem(option, f"got '{name}', expected one of {', '.join(allowed)}.", nearest(name, allowed))
+        for name in given
+        if name not in allowed
+    ]
 
 
 def report(

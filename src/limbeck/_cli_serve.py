@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from limbeck._cli_judge import refuse, run_folder, whole
+from limbeck._cli_judge import refuse, served_folder, whole
 from limbeck._cli_options import Run
 from limbeck.errors import Problem, nearest
 
@@ -31,7 +31,9 @@ def _limit(option: str, metavar: str, text: str) -> Any:
 def serve(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", show_default=False, help="Folders of runs; NAME=RUN names one, NAME@2=RUN gives a version too."),
+        typer.Argument(
+            metavar="RUN...", show_default=False, help="Folders of runs or artifacts; NAME=RUN names one, NAME@2=RUN gives a version too."
+        ),
     ],
     host: Annotated[str, _limit("--host", "ADDRESS", "Where to listen; 0.0.0.0 for other machines.")] = "127.0.0.1",
     port: Annotated[str, _limit("--port", "N", "0 takes a free one.")] = "8000",
@@ -156,7 +158,7 @@ def predict(
         problems.append(Problem("--format", f"got '{form}', expected jsonl or csv.", nearest(form, ("jsonl", "csv"))))
     if form == "csv" and top != "5":
         problems.append(Problem("--top", "has no effect with --format csv, which has the best class alone."))
-    folder = run_folder(run, problems)
+    folder = served_folder(run, problems)
     from limbeck.serve import answers, open_model
 
     found = answers(open_model(folder), inputs, stdin=sys.stdin, batch_size=size or 32, top=count if count is not None else 5)

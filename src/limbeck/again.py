@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from limbeck._artifacts import Exporter
 from limbeck._folder import read_recipe
 from limbeck._parts import Parts
 from limbeck._results import figures
 from limbeck.data import Data, load_data
 from limbeck.engine import Engine, choose_device
-from limbeck.errors import Problem, UsageError
-from limbeck.export import export_model
+from limbeck.errors import Problem, Stopped, UsageError
+from limbeck.export import FORMATS
 from limbeck.models import load_saved
 from limbeck.recipe import Recipe
 from limbeck.report import write_report
@@ -42,18 +44,41 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     return {"models": models, "recorded": {role: recorded[role]["accuracy"] for role in models if role in recorded}}
 
 
-def export_run(run: Path, formats: list[str]) -> dict[str, Any]:
-    """Export the student of a run, each file checked against its weights on real test samples; metrics.json and the report are brought up to date.
+def export_run(
+    run: Path,
+    formats: Sequence[str],
+    *,
+    quantize: str | None = None,
+    max_drop: float = 0.5,
+    layouts: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Export the student of a run; the records by name. metrics.json and the report are brought up to date.
 
-    Raises: ParityFailed, and nothing is left under a final name, where a file does not answer as the student does.
+    Each file is checked against the student's weights on real test samples, and its accuracy, speed and memory are measured in its own runtime.
+    quantize: a scheme of :data:`limbeck.export.SCHEMES`, decided on the validation split; max_drop: in points. layouts: ``folder``, ``triton``.
+    With one of these or a scheme, ``onnx`` stands for the artifact ``export/onnx-SCHEME``, and not for ``export/model.onnx``.
+
+    Raises: ParityFailed, and nothing is left under a final name, where a file does not answer as the student does; Refused where fewer bits cost too
+    much. What was finished before is kept, and recorded.
     """
     recipe, data = _of(run)
+    for name in formats:
+        FORMATS[name].require()
     model = load_saved(run)
     Engine(torch.device("cpu")).place(model.module)
     model.module.eval()
-    inputs = Parts(recipe, data, model.preprocessing, None).parity_inputs()
-    exported = export_model(model, formats, run / "export", inputs=inputs, classes=model.classes or data.classes, task=recipe.task)
-    if (run / "metrics.json").is_file():
+    exporter = Exporter(run, model, Parts(recipe, data, model.preprocessing, None), data, model.weights_sha256)
+    as_folder = "onnx" in formats and (quantize is not None or bool(layouts))
+    exported: dict[str, Any] = exporter.files([f for f in formats if not (as_folder and f == "onnx")], progress)
+    failure: Stopped | None = None
+    if as_folder:
+        try:
+            key, record = exporter.folder(quantize, max_drop, "triton" in layouts, progress)
+            exported[key] = record
+        except Stopped as error:
+            failure = error
+    if exported and (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json")
         metrics["export"] = {**metrics.get("export", {}), **exported}
         if set(recipe.export) <= set(metrics["export"]):  # what a run failed to export is there now
@@ -61,6 +86,8 @@ def export_run(run: Path, formats: list[str]) -> dict[str, Any]:
             metrics["notes"] = [note for note in metrics["notes"] if not note.startswith("The export failed: ")]
         write_json(run / "metrics.json", metrics)
         write_report([run], run / "report.html")
+    if failure is not None:
+        raise failure
     return exported
 
 

@@ -28,6 +28,7 @@ from limbeck.errors import DiskFull, Problem, UsageError
 __all__ = [
     "Log",
     "NoLog",
+    "canonical",
     "check_trackers",
     "commit_folder",
     "discard",
@@ -36,7 +37,9 @@ __all__ = [
     "join_logs",
     "provenance",
     "read_json",
+    "seal",
     "sweep",
+    "unseal",
     "write_atomic",
     "write_json",
 ]
@@ -164,6 +167,29 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deep") from None
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: keys sorted, no NaN."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1)
+
+
+def seal(body: Mapping[str, Any]) -> str:
+    """JSON that ends in the hash of itself."""
+    digest = hashlib.sha256(canonical(body).encode()).hexdigest()
+    return canonical({"body": body, "sha256": digest}) + "\n"
+
+
+def unseal(raw: bytes) -> Any:
+    """The body of what :func:`seal` wrote; every byte counts. Raises: ValueError."""
+    try:
+        body = json.loads(raw)["body"]
+        whole = seal(body).encode() == raw
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError("it is not what was sealed") from error
+    if not whole:
+        raise ValueError("it does not match its own hash")
+    return body
 
 
 def finite(value: Any) -> Any:

@@ -232,7 +232,7 @@ def test_a_file_that_the_run_did_not_record_is_not_loaded(image_run: tuple[Path,
         write_json(gone / "metrics.json", {"export": export})
         with pytest.raises(UsageError, match=text):
             open_model(gone)
-    with pytest.raises(UsageError, match="not a finished run"):
+    with pytest.raises(UsageError, match="neither a finished run"):
         open_model(tmp_path)
 
 

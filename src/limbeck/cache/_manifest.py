@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import Problem, UsageError
-from limbeck.run import write_atomic
+from limbeck.run import canonical, seal, unseal, write_atomic
 
 __all__ = [
     "COPY",
@@ -99,18 +99,8 @@ class Manifest:
         return sum(p.size for p in self.parts)
 
 
-def canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1)
-
-
-def seal(body: Mapping[str, Any]) -> str:
-    """JSON that ends in the hash of itself."""
-    digest = hashlib.sha256(canonical(body).encode()).hexdigest()
-    return canonical({"body": body, "sha256": digest}) + "\n"
-
-
 def read_sealed(path: Path) -> Any:
-    """The body of what :func:`seal` wrote; every byte of the file counts.
+    """The body of what :func:`limbeck.run.seal` wrote; every byte of the file counts.
 
     Raises: CacheDamaged.
     """
@@ -119,14 +109,9 @@ def read_sealed(path: Path) -> Any:
     except FileNotFoundError:
         raise CacheDamaged(path, "is missing.") from None
     try:
-        read = json.loads(raw)
-        body = read["body"]
-        whole = seal(body).encode() == raw
-    except (ValueError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise CacheDamaged(path, "is damaged: it does not match its own hash.")
-    return body
+        return unseal(raw)
+    except ValueError:
+        raise CacheDamaged(path, "is damaged: it does not match its own hash.") from None
 
 
 def read_figures(folder: Path) -> dict[str, Any]:

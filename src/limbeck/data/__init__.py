@@ -25,7 +25,7 @@ from limbeck.data.loader import choose_workers, stream
 from limbeck.data.python import data_from_python
 from limbeck.data.show import skipped_csv, text_of, thumbnail
 from limbeck.data.sources import Raw, Source
-from limbeck.data.splits import SKIPPED, Data, Split
+from limbeck.data.splits import SKIPPED, Data, Split, carve
 from limbeck.data.text import token_lengths
 from limbeck.data.views import augmentation
 
@@ -43,6 +43,7 @@ __all__ = [
     "StagedBuilder",
     "StagedPlan",
     "augmentation",
+    "carve",
     "choose_workers",
     "cuts",
     "data_from_python",

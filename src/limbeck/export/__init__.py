@@ -4,11 +4,15 @@
 its record (``model.onnx.json`` ...). A file takes one numeric tensor for images and float arrays, already prepared (normalised, float32,
 channels first), or the tokenizer's inputs for text, with a free batch size (and length), and gives logits ``(B, C)``. Task, class names and
 preprocessing travel in its metadata.
+
+``quantize`` makes an ONNX file smaller (int8, fp16) as far as its accuracy allows; ``write_artifact`` makes a folder of one that can be copied
+away, and ``write_triton`` a model repository of that.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,8 +24,12 @@ import torch
 
 from limbeck.errors import LimbeckError, ParityFailed, Problem, Stopped, UsageError, listed, nearest
 from limbeck.export import onnx, pt2, torchscript
+from limbeck.export._fresh import peak_rss_bytes
 from limbeck.export._job import ExportFailed, Job, brief, prepare, quiet
+from limbeck.export._quantize import SCHEMES, Quantised, Refused, quantize
+from limbeck.export.artifact import MANIFEST, write_artifact
 from limbeck.export.parity import Logits, Parity, compare, latency, student_logits
+from limbeck.export.triton import write_triton
 from limbeck.randomness import forked
 from limbeck.run import disk_errors, file_sha256, sync_folder, write_json
 from limbeck.types import Inputs
@@ -29,7 +37,19 @@ from limbeck.types import Inputs
 if TYPE_CHECKING:
     from limbeck.models import Model
 
-__all__ = ["FORMATS", "ExportFailed", "export_model"]
+__all__ = [
+    "FORMATS",
+    "MANIFEST",
+    "SCHEMES",
+    "ExportFailed",
+    "Quantised",
+    "Refused",
+    "export_model",
+    "peak_rss_bytes",
+    "quantize",
+    "write_artifact",
+    "write_triton",
+]
 
 FORMATS: dict[str, ModuleType] = {"onnx": onnx, "torchscript": torchscript, "pt2": pt2}
 """What can be written, by the name that recipes use."""
@@ -53,6 +73,7 @@ def export_model(
     A record has ``file`` (relative to the folder's parent), ``bytes``, ``sha256``, ``files`` (the sha256 of each by
     name: a large ONNX file has its weights beside it), ``max_abs_diff``, ``tolerance``, ``largest_logit``,
     ``agreement``, ``items``, ``batch_sizes``, ``latency_ms`` (``p50`` and ``p95`` of one sample on one CPU thread), ``threads``,
+    ``inputs`` and ``outputs`` (``name``, ``dtype``, ``shape`` with names for free axes),
     ``exporter``, ``torch``, ``tried`` (exporters that were given up, and why), and ``opset`` for ONNX.
 
     Raises :class:`UsageError` for an unknown format or a missing package, :class:`ParityFailed` where a file does not answer as the student
@@ -119,6 +140,8 @@ def _write_checked(name: str, job: Job, expected: Sequence[Logits], folder: Path
                     "agreement": parity.agreement,
                     "items": parity.items,
                     "batch_sizes": list(parity.batch_sizes),
+                    "inputs": json.loads(job.metadata["inputs"]),
+                    "outputs": json.loads(job.metadata["outputs"]),
                     "exporter": exporter,
                     "torch": str(torch.__version__),
                     "tried": tried,

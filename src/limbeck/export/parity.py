@@ -17,7 +17,7 @@ from limbeck.export._job import Job, brief, frozen_copy
 if TYPE_CHECKING:
     from limbeck.models import Model
 
-__all__ = ["Parity", "Runner", "compare", "latency", "student_logits"]
+__all__ = ["Parity", "Runner", "compare", "latency", "student_logits", "throughput"]
 
 Logits = np.ndarray[Any, np.dtype[np.float64]]
 Runner = Callable[[tuple[Tensor, ...]], Logits]
@@ -163,3 +163,15 @@ def latency(run: Runner, single: tuple[Tensor, ...], *, seconds: float = 1.0, ru
         run(single)
         times.append((time.perf_counter() - start) * 1000)
     return {"p50": float(np.quantile(times, 0.5)), "p95": float(np.quantile(times, 0.95))}
+
+
+def throughput(run: Runner, many: tuple[Tensor, ...], *, seconds: float = 1.0, runs: int = 20) -> dict[str, Any]:
+    """``items_per_second`` at the batch size of ``many``, by the median of 3 to ``runs`` calls after a warm-up, and that ``batch_size``."""
+    run(many)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 3 or (len(times) < runs and time.perf_counter() < until):
+        start = time.perf_counter()
+        run(many)
+        times.append(time.perf_counter() - start)
+    return {"items_per_second": len(many[0]) / float(np.median(times)), "batch_size": len(many[0])}

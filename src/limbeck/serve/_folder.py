@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import Problem, UsageError
-from limbeck.run import file_sha256, read_json
+from limbeck.run import file_sha256, read_json, unseal
 
-__all__ = ["Found", "found"]
+__all__ = ["MANIFEST", "Found", "found"]
+
+MANIFEST = "manifest.json"
+"""What makes a folder an artifact."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,44 @@ class Found:
 
 
 def found(folder: Path) -> Found:
-    """The ONNX file of a run's folder.
+    """The ONNX file of a run's folder, or of an artifact's (``limbeck export --quantize``, ``--layout folder``).
 
-    Raises: UsageError, where there is none, or where a file is not the one that the run recorded.
+    Raises: UsageError, where there is none, or where a file is not the one that was recorded.
     """
     if not folder.is_dir():
         raise UsageError(Problem(str(folder), "is not a folder of a run."))
-    if not (folder / "metrics.json").is_file():
-        raise UsageError(Problem(str(folder), "is not a finished run: it has no metrics.json."))
-    return _of_run(folder)
+    if (folder / "metrics.json").is_file():
+        return _of_run(folder)
+    if (folder / MANIFEST).is_file():
+        return _of_artifact(folder)
+    raise UsageError(Problem(str(folder), f"is neither a finished run (it has no metrics.json) nor an artifact (it has no {MANIFEST})."))
+
+
+def _of_artifact(folder: Path) -> Found:
+    """All files of the manifest must be there as they were written, though the ONNX file alone is loaded: labels that somebody changed are not passed
+    over in silence."""
+    hint = "It is not loaded. Copy it again, or export again."
+    try:
+        manifest = unseal((folder / MANIFEST).read_bytes())
+        files, task = dict(manifest["files"]), str(manifest["source"]["task"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            Problem(str(folder / MANIFEST), "is damaged, or is no artifact's: it does not match its own hash.", hint)
+        ) from None
+    if "model.onnx" not in files or any(name != Path(name).name for name in files):
+        raise UsageError(Problem(str(folder / MANIFEST), "names no model.onnx, or files in other folders.", hint))
+    contents: dict[str, bytes] = {}
+    for name, wanted in files.items():
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except OSError:
+            raise UsageError(Problem(str(folder / name), f"is in the artifact's {MANIFEST} and is not there.", hint)) from None
+        given = hashlib.sha256(contents[name]).hexdigest()
+        if given != wanted:
+            text = f"is not the file of the artifact's {MANIFEST}: its sha256 is {given[:12]}..., and {str(wanted)[:12]}... was written."
+            raise UsageError(Problem(str(folder / name), text, hint))
+    content = contents["model.onnx"]
+    return Found(folder / "model.onnx", content, files["model.onnx"], len(content), task)
 
 
 def _of_run(folder: Path) -> Found:
