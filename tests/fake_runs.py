@@ -122,6 +122,33 @@ def fake_run(
     return path
 
 
+def deployed(accuracy: float) -> dict[str, Any]:
+    """Exports as `limbeck export` measures them, of a student with this accuracy."""
+
+    def record(name: str, size: int, p50: float, lost: float, runtime: str = "ONNX Runtime") -> dict[str, Any]:
+        return {
+            "file": f"export/{name}",
+            "sha256": hashlib.sha256(name.encode()).hexdigest(),
+            "bytes": size,
+            "max_abs_diff": 1e-5,
+            "agreement": 1.0 - lost,
+            "latency_ms": {"p50": p50, "p95": 1.3 * p50},
+            "threads": 1,
+            "throughput": {"items_per_second": 3000 / p50, "batch_size": 64},
+            "test": {"items": 300, "metrics": {"accuracy": accuracy - lost}},
+            "peak_rss_bytes": 61_000_000,
+            "runtime": runtime,
+        }
+
+    return {
+        "onnx": record("model.onnx", 1_130_000, 0.41, 0.0),
+        "onnx-int8": record("onnx-int8/model.onnx", 320_000, 0.22, 0.003),
+        "onnx-fp16": record("onnx-fp16/model.onnx", 590_000, 0.63, 0.0),
+        "torchscript": record("model.torchscript.pt", 1_200_000, 1.0, 0.0, "TorchScript"),
+        "pt2": record("model.pt2", 1_210_000, 1.35, 0.0, "torch.export"),
+    }
+
+
 def fake_seeds(path: Path, n: int, **settings: Any) -> Path:
     """A parent with ``n`` children: joint metrics in the parent, everything else in the children."""
     children = [json.loads((fake_run(path / f"seed-{i}", seed=i, **settings) / "metrics.json").read_text("utf-8")) for i in range(n)]

@@ -150,6 +150,7 @@ class Exporter:
             "torch": exact["torch"],
             "opset": onnx.facts(target)["opset"],
         }
+        before = self._measured("onnx", path, exact)
         changed = made.candidates - len(made.left)
         facts = {
             "scheme": scheme,
@@ -163,9 +164,12 @@ class Exporter:
             "decided_on": deciding.name,
             "decided_on_items": len(deciding.decide),
             "calibration_items": 0 if made.method == "dynamic" else len(rows),
-            "float32_sha256": exact["sha256"],
-            "float32_bytes": exact["bytes"],
-            "float32_parity": {k: exact[k] for k in ("max_abs_diff", "tolerance", "agreement", "items")},
+            "float32": {
+                "sha256": exact["sha256"],
+                "bytes": exact["bytes"],
+                "parity": {k: exact[k] for k in ("max_abs_diff", "tolerance", "agreement", "items")},
+                **{k: before[k] for k in ("test", "latency_ms", "throughput", "peak_rss_bytes")},
+            },
         }
         about = (
             f"{'float16' if made.method == 'fp16' else f'int8, {made.method}'}: {changed} of {made.candidates} nodes; "

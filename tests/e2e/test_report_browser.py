@@ -54,6 +54,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "long": [fake.fake_run(base / "long", classes=long, items=200, student="hf:" + "m" * 200)],
         "thousand": [fake.fake_run(base / "thousand", classes=1000, items=1200)],
         "train": [fake.fake_run(base / "train", roles=("student",), items=200)],
+        "deploy": [fake.fake_run(base / "deploy", items=200, changes={"export": fake.deployed(0.8)})],
         "seeds": [fake.fake_seeds(base / "seeds", 2, items=200)],
     }
     runs["compare"] = [folder for (folder,) in runs.values()]
@@ -74,7 +75,7 @@ def opened(browser: Any, path: Path, size: dict[str, int], scheme: str = "light"
     return tab, said
 
 
-@pytest.mark.parametrize("name", ["image", "text", "long", "thousand", "train", "seeds", "compare"])
+@pytest.mark.parametrize("name", ["image", "text", "long", "thousand", "train", "deploy", "seeds", "compare"])
 def test_pages_are_quiet_and_fit_a_phone_and_a_desktop(browser: Any, pages: dict[str, Path], name: str) -> None:
     for size, scheme in ((PHONE, "dark"), (DESKTOP, "light")):
         tab, said = opened(browser, pages[name], size, scheme)
@@ -108,6 +109,21 @@ def test_code_is_copied_and_points_tell_their_values(browser: Any, pages: dict[s
     assert "latency" in tab.inner_text("#tip")
     assert said == []
     tab.context.close()
+
+
+def test_what_to_deploy_tells_its_values_and_no_name_covers_another(browser: Any, pages: dict[str, Path]) -> None:
+    for size in (DESKTOP, PHONE):
+        tab, said = opened(browser, pages["deploy"], size)
+        tab.locator(".deploy .bubble.s2").last.hover()
+        assert "latency p50" in tab.inner_text("#tip")
+        box = "(e) => { const b = e.getBBox(); return [b.x, b.y, b.x + b.width, b.y + b.height]; }"
+        boxes = tab.evaluate(f"[...document.querySelectorAll('.deploy .name')].map({box})")
+        assert len(boxes) == 8
+        for i, a in enumerate(boxes):
+            for b in boxes[:i]:
+                assert min(a[2], b[2]) - max(a[0], b[0]) < 1 or min(a[3], b[3]) - max(a[1], b[1]) < 3, (a, b)
+        assert said == []
+        tab.context.close()
 
 
 def test_a_script_that_came_with_the_data_would_not_run(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:

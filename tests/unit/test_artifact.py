@@ -264,7 +264,7 @@ def test_the_decision_is_made_on_validation_and_told(exported: dict[str, Any]) -
     assert (how["decided_on"], how["decided_on_items"], how["method"]) == ("validation", 12, "static")
     assert how["calibration_items"] == 128
     assert how["drop"] <= how["max_drop"] == 5
-    assert how["float32_bytes"] > exported["image"]["onnx-int8"]["bytes"]
+    assert how["float32"]["bytes"] > exported["image"]["onnx-int8"]["bytes"]
 
 
 def test_without_validation_a_part_of_training_decides_and_is_not_calibrated_on(runs: dict[str, Path]) -> None:

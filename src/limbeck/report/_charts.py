@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-__all__ = ["Line", "Point", "calibration", "lines", "scatter"]
+__all__ = ["Bubble", "Line", "Point", "bubbles", "calibration", "lines", "scatter"]
 
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 42
@@ -41,6 +41,19 @@ class Point:
     y: float
     error: float | None = None
     label: str | None = None
+
+
+@dataclass(frozen=True)
+class Bubble:
+    """A dot whose area is ``size``, in any unit; ``front``: joined with the others that have it."""
+
+    name: str
+    style: str
+    x: float
+    y: float
+    size: float
+    tip: str
+    front: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,78 @@ def scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str, 
         parts.append(tag("text", text, x=x(p.x) + (11 if right else -11), y=at, class_=f"name {p.style}{'' if right else ' end'}"))
     summary = "; ".join(f"{p.name}: {y_label} {y_format(p.y)}, {x_label} {x_format(p.x)}" for p in points)
     return _chart(title, summary, _axes(x, y, x_label, y_label, x_format, y_format), *parts)
+
+
+def bubbles(dots: Sequence[Bubble], *, title: str, x_label: str, y_label: str, x_format: Format, y_format: Format) -> Markup:
+    """Dots with an area over two axes; the horizontal axis is logarithmic where it spans more than a factor of 6. Those on the front are the corners
+    of a stair: to the left of it and above there is nothing."""
+    width, height, largest, least = 620, 380, 24.0, 3.5
+    xs, ys, biggest = [d.x for d in dots], [d.y for d in dots], max(d.size for d in dots)
+    log = min(xs) > 0 and max(xs) / min(xs) > 6
+    x = _fit(xs, LEFT + 6, width - 40, log=log, pad=0.14, least=0.0 if log else max(xs) * 0.3)
+    y = _fit(ys, height - BOTTOM, TOP, pad=0.28, least=0.01)
+    front = sorted((d for d in dots if d.front), key=lambda d: d.x)
+    corners = [(x(front[0].x), y.start)] if front else []
+    for before, d in pairwise([*front[:1], *front]):
+        corners += [(x(d.x), y(before.y)), (x(d.x), y(d.y))]
+    corners += [(x.stop, y(front[-1].y))] if front else []
+    stair = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in corners)
+    drawn = [tag("path", d=f"{stair}V{y.start:.1f}Z", class_="beaten"), tag("path", d=stair, class_="front")] if front else []
+    steps = [(min(a, c) - 2, min(b, e) - 2, max(a, c) + 2, max(b, e) + 2) for (a, b), (c, e) in pairwise(corners)]
+    rounds = [(x(d.x), y(d.y), max(largest * math.sqrt(d.size / biggest), least)) for d in dots]
+    order = sorted(range(len(dots)), key=lambda i: -rounds[i][2])  # small ones on top
+    for i in order:
+        cx, cy, radius = rounds[i]
+        drawn.append(tag("circle", cx=cx, cy=cy, r=radius, class_=f"bubble {dots[i].style}", data_tip=dots[i].tip))
+        drawn.append(tag("circle", cx=cx, cy=cy, r=1.8, class_=f"heart {dots[i].style}"))
+    placed: list[_Box] = []
+    names = [_named(dots[i], rounds[i], rounds, steps, placed, width, height - BOTTOM) for i in reversed(order)]
+    summary = "; ".join(d.tip.replace("\n", ", ") for d in dots)
+    axes = _axes(x, y, x_label, y_label, x_format, y_format)
+    return _chart(title, summary, axes, *drawn, *names, width=width, height=height)
+
+
+_Box = tuple[float, float, float, float]
+_Round = tuple[float, float, float]
+
+
+def _named(
+    dot: Bubble, own: _Round, rounds: Sequence[_Round], steps: Sequence[_Box], placed: list[_Box], width: float, floor: float
+) -> Markup:
+    """A dot's name where it covers least of other names, dots and the stair's steps, near or with a line to it; it is added to ``placed``."""
+    cx, cy, radius = own
+    wide, tall = 7.2 * len(dot.name), 14.0
+    near = radius + 5
+    spots = [(cx + near, cy - tall / 2), (cx - near - wide, cy - tall / 2), (cx - wide / 2, cy - near - tall), (cx - wide / 2, cy + near)]
+    for step in range(1, 7):
+        for side in (-1, 1):
+            level = cy - tall / 2 + side * (near + 4 + step * (tall + 3))
+            spots += [(cx + shift * wide / 2 - wide / 2, level) for shift in (0, -1, 1)]
+
+    def cost(number: int) -> float:
+        left, top = spots[number]
+        box = (left, top, left + wide, top + tall)
+        outside = max(0.0, 2 - left) + max(0.0, left + wide - width) + max(0.0, TOP - 14 - top) + max(0.0, top + tall - floor)
+        covered = sum(_shared(box, other) for other in placed) * 3
+        covered += sum(_shared(box, step) for step in steps) * 2
+        covered += sum(_shared(box, (a - r, b - r, a + r, b + r)) for a, b, r in rounds)
+        return covered + 60 * outside + 1.5 * number
+
+    best = min(range(len(spots)), key=cost)
+    left, top = spots[best]
+    placed.append((left, top, left + wide, top + tall))
+    text = tag("text", dot.name, x=left + wide / 2, y=top + tall - 3.5, class_=f"name mid {dot.style}")
+    if best < 4:
+        return text
+    ends = top + tall if top < cy else top
+    edge = cy - radius if top < cy else cy + radius
+    leader = tag("path", d=f"M{cx:.1f} {edge:.1f}L{min(max(cx, left), left + wide):.1f} {ends:.1f}", class_=f"leader {dot.style}")
+    return Markup("").join([leader, text])
+
+
+def _shared(a: _Box, b: _Box) -> float:
+    """The area that two boxes (left, top, right, bottom) have in common."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def calibration(bins: Sequence[tuple[float, float, int, int, float | None]], *, title: str, style: str) -> Markup:

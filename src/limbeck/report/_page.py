@@ -12,6 +12,7 @@ from . import _charts, _curves
 from . import _format as fmt
 from ._answers import classes, confusions, reliability, samples
 from ._charts import Point
+from ._deployment import deployment
 from ._measures import BY_KEY, MEASURES, SHARES, Cell, Chart, Table, deviation, interval, measured, model_name, primary, write_primary
 from ._read import Run, number, section
 
@@ -390,6 +391,7 @@ def sections(run: Run) -> dict[str, Any]:
         "method": section(run.metrics, "interval").get("method"),
         "seeds": seed_table(run),
         "exports": exports(run),
+        "deployment": deployment(run),
         "tradeoffs": tradeoffs(partial(run_points, run), primary(run)),
         "training": training(run),
         "reliability": reliability(run),
