@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -179,7 +180,28 @@ def test_headers_bodies_and_connections_have_limits(run: Path) -> None:
             one.close()
 
 
-def test_tritons_and_kserves_clients_get_what_onnx_runtime_says(run: Path) -> None:
+def test_kserves_client_gets_what_onnx_runtime_says(run: Path) -> None:
+    kserve = pytest.importorskip("kserve", reason="pip install kserve")
+    (wanted,) = onnxruntime.InferenceSession(str(run / "export/model.onnx")).run(["logits"], {"image": X})
+
+    async def asked(port: int, binary: bool) -> Any:
+        client = kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2"))
+        base = f"http://127.0.0.1:{port}"
+        assert await client.is_server_ready(base)
+        assert await client.is_server_live(base)
+        assert await client.is_model_ready(base, "pics")
+        given = kserve.InferInput("image", list(X.shape), "FP32")
+        given.set_data_from_numpy(X, binary_data=binary)
+        answer = await client.infer(base, kserve.InferRequest("pics", [given]), model_name="pics")
+        await client.close()
+        return answer.outputs[0].as_numpy()
+
+    with server(run) as (_, port):
+        for binary in (True, False):
+            assert np.array_equal(asyncio.run(asked(port, binary)), wanted)
+
+
+def test_tritons_client_gets_what_onnx_runtime_says(run: Path) -> None:
     triton = pytest.importorskip("tritonclient.http", reason='pip install "tritonclient[http]"')
     (wanted,) = onnxruntime.InferenceSession(str(run / "export/model.onnx")).run(["logits"], {"image": X})
     with server(run) as (_, port):
