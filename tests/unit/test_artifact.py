@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from answering import answer, photos
 from limbeck import _artifacts
 from limbeck.again import export_run
 from limbeck.errors import UsageError
@@ -96,50 +94,6 @@ def here(runs: dict[str, Path], exported: Any, tmp_path: Path) -> Callable[..., 
         return Path(shutil.copytree(runs[kind] / "export" / key, tmp_path / f"{kind}-{key}"))
 
     return copied
-
-
-def photos(folder: Path) -> list[Path]:
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    found = []
-    for name, mode, size, save in (
-        ("rgb.png", "RGB", (30, 21), {}),
-        ("grey.png", "L", (8, 8), {}),
-        ("palette.png", "P", (17, 40), {}),
-        ("alpha.png", "RGBA", (9, 9), {}),
-        ("turned.jpg", "RGB", (31, 22), {"turn": 6}),
-    ):
-        image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
-        exif = Image.Exif()
-        if save:
-            exif[0x0112] = save["turn"]
-        image.save(folder / name, exif=exif)
-        found.append(folder / name)
-    return found
-
-
-ALONE = """
-import runpy, sys
-class Never:
-    def find_spec(self, name, path=None, target=None):
-        assert name.partition(".")[0] not in ("torch", "limbeck", "transformers", "torchvision"), name
-sys.meta_path.insert(0, Never())
-runpy.run_path("answer.py", run_name="__main__")
-"""
-
-
-def answer(artifact: Path, *arguments: str) -> dict[str, float]:
-    """What the Python of the README prints, in a process that can import neither torch nor Limbeck."""
-    readme = (artifact / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (artifact / "answer.py").write_text(code, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-c", ALONE, *arguments]
-    done = subprocess.run(command, cwd=artifact, env=environment, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    (artifact / "answer.py").unlink()
-    return {label: float(p) for label, p in (line.split("\t") for line in done.stdout.splitlines())}
 
 
 def served(artifact: Path, prepared: Callable[[Any], Any]) -> dict[str, float]:

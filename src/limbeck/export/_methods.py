@@ -120,7 +120,12 @@ def _by_operators(path: Path) -> tuple[bool, str]:
             if count
         ]
         return True, f"Dynamic: the graph has {' and '.join(has)}, and most of its weights are in matrix products."
-    return False, f"Static: the graph has {sum(n.op_type == 'Conv' for n in graph.node)} convolutions and no attention that outweighs them."
+    held = [
+        (sum(n.op_type in kinds for n in graph.node), what)
+        for kinds, what in ((("Conv", "ConvTranspose"), "convolutions"), (("MatMul", "Gemm"), "matrix products"))
+    ]
+    told = " and ".join(f"{count} {what}" for count, what in held if count) or "no weights"
+    return False, f"Static: the graph has {told}, and no attention, recurrence or tables that outweigh them."
 
 
 def _is_float(graph: Any, name: str) -> bool:
