@@ -82,6 +82,9 @@ _OF_LAYERS = {
 }
 
 
+_HEADS = {name: {"heads": 12} for name in ("tinybert_attention", "minilm", "minilm_v2")}  # of MiniLM
+
+
 def methods_of(track: Track) -> dict[str, Method]:
     """The methods of a track, by the name that the tables show."""
     found = {}
@@ -90,7 +93,7 @@ def methods_of(track: Track) -> dict[str, Method]:
             found[name] = _LOGITS[name]
         else:
             loss, kind = _OF_LAYERS[name]
-            found[name] = _layers(loss, track.layers[kind])
+            found[name] = _layers(loss, track.layers[kind], **_HEADS.get(loss, {}))
     return found
 
 
