@@ -69,6 +69,8 @@ PLACEMENT = ("unit/test_placement.py",)
 AHEAD = "                before = request, batch, future\n            if before is not None:"
 DUE = "self._present = future\n                yield request, batch"
 RUN = ("unit/test_run.py",)
+ARTIFACT = ("unit/test_artifact.py",)
+QUANTIZE = ("unit/test_quantize.py",)
 SERVE = ("unit/test_serve.py",)
 RECOMPUTE = ("unit/test_recompute.py",)
 MEMORY = ("unit/test_memory.py",)
@@ -93,6 +95,18 @@ MUTANTS = (
         SERVE,
     ),
     Mutant("bodies-without-end", "serve/_gate.py", "if seen.bytes_in > self._settings.max_body:", "if False:", SERVE),
+    # --- artifacts
+    Mutant("a-changed-artifact-is-served", "serve/_folder.py", "if found != wanted:", "if False:", ARTIFACT),
+    Mutant(
+        "the-test-split-decides",
+        "_artifacts.py",
+        'return _Deciding(data.valid, data.train, "validation")',
+        'return _Deciding(data.test, data.train, "validation")',
+        ARTIFACT,
+    ),
+    Mutant("any-drop-is-allowed", "export/_quantize.py", "if drop <= max_drop + 1e-9 and not broken:", "if not broken:", QUANTIZE),
+    Mutant("the-cheapest-nodes-stay-in-float", "export/_methods.py", "key=lambda n: -errors[n]", "key=lambda n: errors[n]", QUANTIZE),
+    Mutant("float16-cuts-off-what-was-left", "export/_methods.py", "        _join(made.model.graph, own)\n", "", QUANTIZE),
     # --- memory and loaders
     Mutant(
         "batch-statistics-move-twice",

@@ -173,7 +173,8 @@ class Exporter:
         }
         about = (
             f"{'float16' if made.method == 'fp16' else f'int8, {made.method}'}: {changed} of {made.candidates} nodes; "
-            f"{made.drop:.2f} points of accuracy below the float32 file on {len(deciding.decide):,} samples of {deciding.name}."
+            f"{_compared(made.drop)} on {len(deciding.decide):,} samples of {deciding.name}, "
+            f"with the same answer on {100 * made.agreement:.1f} % of them."
         )
         return record, {"quantization": facts, "about": about}
 
@@ -206,6 +207,14 @@ class Exporter:
             },
             "versions": {"limbeck": __version__, **{name: packages[name] for name in ("onnx", "onnxruntime", "torch")}},
         }
+
+
+def _compared(drop: float) -> str:
+    return (
+        f"{abs(drop):.2f} points of accuracy {'below' if drop > 0 else 'above'} the float32 file"
+        if drop
+        else "as accurate as the float32 file"
+    )
 
 
 def _deciding(data: Data, seed: int) -> _Deciding:

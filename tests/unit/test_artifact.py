@@ -217,6 +217,9 @@ def test_the_decision_is_made_on_validation_and_told(exported: dict[str, Any]) -
     how = exported["image"]["onnx-int8"]["quantization"]
     assert (how["decided_on"], how["decided_on_items"], how["method"]) == ("validation", 12, "static")
     assert how["calibration_items"] == 128
+    assert exported["image"]["onnx-int8"]["about"].endswith(
+        f"on 12 samples of validation, with the same answer on {100 * exported['image']['onnx-int8']['agreement']:.1f} % of them."
+    )
     assert how["drop"] <= how["max_drop"] == 5
     assert how["float32"]["bytes"] > exported["image"]["onnx-int8"]["bytes"]
 

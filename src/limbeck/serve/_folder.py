@@ -63,9 +63,9 @@ def _of_artifact(folder: Path) -> Found:
             contents[name] = (folder / name).read_bytes()
         except OSError:
             raise UsageError(Problem(str(folder / name), f"is in the artifact's {MANIFEST} and is not there.", hint)) from None
-        given = hashlib.sha256(contents[name]).hexdigest()
-        if given != wanted:
-            text = f"is not the file of the artifact's {MANIFEST}: its sha256 is {given[:12]}..., and {str(wanted)[:12]}... was written."
+        found = hashlib.sha256(contents[name]).hexdigest()
+        if found != wanted:
+            text = f"is not the file of the artifact's {MANIFEST}: its sha256 is {found[:12]}..., and {str(wanted)[:12]}... was written."
             raise UsageError(Problem(str(folder / name), text, hint))
     content = contents["model.onnx"]
     return Found(folder / "model.onnx", content, files["model.onnx"], len(content), task)
