@@ -185,9 +185,9 @@ class Exporter:
         threads, test = torch.get_num_threads(), self.data.test
         with quiet():
             run = FORMATS[form].load(path)
+        found = metrics(_Samples(self.parts, test, names).logits(run), test.labels)
         try:
             torch.set_num_threads(1)
-            found = metrics(_Samples(self.parts, test, names).logits(run), test.labels)
             speed = {"latency_ms": latency(run, one), "threads": 1, "throughput": throughput(run, many)}
         finally:
             torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,29 @@ def test_half_precision_takes_and_gives_float32(name: str, tmp_path: Path) -> No
     assert np.abs(ask(made.out, made.inputs) - made.exact).max() < 0.02 * np.abs(made.exact).max()
     assert found.agreement == 1.0
     assert made.out.stat().st_size < 0.8 * made.path.stat().st_size
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_half_precision_holds_where_it_is_really_computed_in_half(name: str, tmp_path: Path) -> None:
+    """ONNX Runtime computes it in float32 on a CPU; onnx's own evaluator in NumPy's float16, as a GPU would in its."""
+    import onnx as library
+    from onnx.reference import ReferenceEvaluator
+
+    made = Made(*STUDENTS[name][0](), tmp_path)
+    made.quantize("fp16", 0.0)
+    few = {n: v[:4].numpy() for n, v in made.inputs.items()}
+    (answers,) = ReferenceEvaluator(library.load(str(made.out))).run(["logits"], few)
+    assert answers.dtype == np.float32
+    assert np.abs(answers - made.exact[:4]).max() < 0.02 * np.abs(made.exact).max()
+
+
+def test_the_converter_leaves_the_search_path_alone(tmp_path: Path) -> None:
+    before = list(sys.path)
+    for name in [n for n in sys.modules if n.startswith("onnxruntime.transformers")]:
+        del sys.modules[name]
+    made = Made(*plain(), tmp_path)
+    made.quantize("fp16", 0.0)
+    assert sys.path == before
 
 
 def test_what_was_asked_for_by_name_is_done(tmp_path: Path) -> None:
