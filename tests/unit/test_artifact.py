@@ -18,6 +18,7 @@ from limbeck import _artifacts
 from limbeck.again import export_run
 from limbeck.errors import UsageError
 from limbeck.export import Refused, onnx
+from limbeck.export.triton import config, model_name
 from limbeck.models import load_saved
 from limbeck.run import unseal
 from models_support import text_folder
@@ -354,13 +355,13 @@ def test_triton_gets_a_repository_of_the_same_file(runs: dict[str, Path], export
         "run/labels.txt",
     ]
     assert digest(root / "run/1/model.onnx") == digest(runs["image"] / "export/onnx-int8/model.onnx")
-    config = parsed((root / "run/config.pbtxt").read_text())
-    assert (config["name"], config["backend"]) == ("run", "onnxruntime")
-    assert config["max_batch_size"] > 1
-    assert config["dynamic_batching"] == {}
+    written = parsed((root / "run/config.pbtxt").read_text())
+    assert (written["name"], written["backend"]) == ("run", "onnxruntime")
+    assert written["max_batch_size"] > 1
+    assert written["dynamic_batching"] == {}
     session = onnxruntime.InferenceSession(str(root / "run/1/model.onnx"), providers=["CPUExecutionProvider"])
     kinds = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
-    for told, real in ((config["input"], session.get_inputs()), (config["output"], session.get_outputs())):
+    for told, real in ((written["input"], session.get_inputs()), (written["output"], session.get_outputs())):
         assert [(t["name"], t["data_type"]) for t in told] == [(r.name, kinds[r.type]) for r in real]
         assert [t["dims"] for t in told] == [
             [n if isinstance(n, int) else -1 for n in r.shape[1:]] for r in real
@@ -368,9 +369,31 @@ def test_triton_gets_a_repository_of_the_same_file(runs: dict[str, Path], export
     assert (root / "run/labels.txt").read_text().splitlines() == read(runs["image"] / "export/onnx-int8/labels.json")
 
 
-def test_tritons_lengths_are_free_and_names_are_such_as_it_takes(exported: dict[str, Any]) -> None:
-    from limbeck.export.triton import config, model_name
+@pytest.mark.parametrize("kind", KINDS)
+def test_tritons_own_schema_takes_the_configuration(exported: dict[str, Any], kind: str) -> None:
+    """The message that the server reads, from Triton's client package, without its gRPC."""
+    import importlib.util
 
+    client = pytest.importorskip("tritonclient")
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    path = Path(client.__file__).parent / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        pytest.skip("this tritonclient brings no model_config_pb2")
+    schema = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schema)
+    record = exported[kind]["onnx-float32"]
+    found = text_format.Parse(config("m", record), schema.ModelConfig())
+    assert [(t.name, list(t.dims)) for t in found.input] == [
+        (t["name"], [n if isinstance(n, int) else -1 for n in t["shape"][1:]]) for t in record["inputs"]
+    ]
+    assert {t.data_type for t in found.input} == {schema.TYPE_INT64 if kind == "text" else schema.TYPE_FP32}
+    assert found.output[0].label_filename == "labels.txt"
+    assert found.max_batch_size == 32
+    assert found.HasField("dynamic_batching")
+
+
+def test_tritons_lengths_are_free_and_names_are_such_as_it_takes(exported: dict[str, Any]) -> None:
     found = parsed(config('a "b"', exported["text"]["onnx-float32"]))
     assert found["name"] == 'a "b"'
     assert [t["dims"] for t in found["input"]] == [[-1]] * 3
