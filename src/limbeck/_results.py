@@ -136,7 +136,7 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         "interval": None
         if interval is None
         else {"student_minus_baseline": interval, "level": 0.95, "method": f"t interval over {count} paired seeds"},
-        "verdict": verdict(models, interval, count, f"over {count} seeds", alone=not results[best]["distilled"]),
+        "verdict": verdict(models, interval, count, f"over {count} seeds", alone=not results[best].get("distilled", True)),
         "cost": {k: _joined(k, [c[k] for c in costs]) for k in costs[0]},
         "best_seed": results[best]["seeds"][0],
         "validations": [r["validation"] for r in results],
