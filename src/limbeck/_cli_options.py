@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 RecipeFile = Annotated[str | None, typer.Argument(metavar="RECIPE.yaml", show_default=False, help="A recipe file (see `limbeck recipes`).")]
-Teacher = Annotated[str | None, typer.Option("--teacher", metavar="SPEC", help="The model to learn from (see `limbeck models`).")]
+Teacher = Annotated[
+    list[str] | None,
+    typer.Option("--teacher", metavar="SPEC", help="The model to learn from (see `limbeck models`); again for a further one."),
+]
 Student = Annotated[str | None, typer.Option("--student", metavar="SPEC", help="The model to train (see `limbeck models`).")]
 DataSource = Annotated[
     str | None, typer.Option("--data", metavar="SPEC", help="digits, npz:FILE, imagefolder:DIR, csv:FILE, jsonl:FILE, parquet:FILE, hf:ID.")

@@ -54,6 +54,14 @@ def merge(
         if text is None:
             continue
         spelling = _SPELT.get(name, f"--{name.replace('_', '-')}")
+        if name == "teacher" and not isinstance(text, str):
+            if len(text) > 1:
+                merged["teacher"] = [{"model": model} for model in text]
+                spelt |= {f"teacher.{i}.model": spelling for i in range(len(text))}
+                continue
+            text = next(iter(text), None)
+            if text is None:
+                continue
         value = text if name in _NAMES or not isinstance(text, str) else scalar(text)
         problem = _put(merged, path, value)
         problems += [Problem(spelling, problem)] if problem else []

@@ -15,6 +15,7 @@ from PIL import Image
 import limbeck as lib
 from limbeck.cache import Reader
 from limbeck.models import load_saved
+from models_support import text_folder
 from running import distance, leaves, limbeck, make_folder, read, recipe, run, several, start, steps, wait_for, weights
 
 ONE, TWO = "run:one", "run:two"
@@ -234,6 +235,36 @@ def test_a_class_set_of_its_own_is_mapped_by_name(tmp_path: Path) -> None:
     assert teacher["members"][1]["metrics"]["accuracy"] == pytest.approx(own["accuracy"])
     assert teacher["members"][0]["metrics"]["accuracy"] > 0.8
     assert teacher["metrics"]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_texts_of_two_lengths_and_exits(mode: str, tmp_path: Path) -> None:
+    """Each teacher reads the text through its own tokenizer and length; exits compare logits, so they need no common tokens."""
+    pytest.importorskip("transformers")
+    for number, name in enumerate(("one", "two")):
+        torch.manual_seed(number)
+        text_folder(tmp_path / name, layers=2)
+    rows = [f"w{i} w{j} w{(i * j) % 14},{'odd' if j % 2 else 'even'}" for i in range(10) for j in range(10)]
+    (tmp_path / "d.csv").write_text("\n".join(["text,label", *rows]))
+    teachers = [{"model": "hf:one", "train": {"epochs": 1}}, {"model": "hf:two", "options": {"max_length": 3}, "train": {"epochs": 1}}]
+    objective = [{"loss": "cross_entropy"}, {"loss": "kd", "temperature": 1.0}, {"loss": "ofa_exits", "layers": "auto"}]
+    student = {"model": "hf:one", "options": {"layers": [0, 1]}}
+    cache = {"mode": mode, "path": None if mode == "off" else str(tmp_path / "cache")}
+    data = {"source": "csv:d.csv", "max_length": 8}
+    path = together(tmp_path, "text.yaml", teachers, student=student, data=data, objective=objective, teacher_cache=cache)
+    metrics = run("distill", path, "--no-baseline", out=tmp_path / "run")
+    lengths = [read(tmp_path / f"run/teacher-{i}/model.json")["preprocessing"]["max_length"] for i in (0, 1)]
+    assert lengths == [8, 3]
+    assert len(metrics["models"]["teacher"]["members"]) == 2
+
+
+def test_teachers_named_on_the_command_line(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ("--student", f"python:{there / 'nets.py'}:student", "--data", f"npz:{there / 'pictures.npz'}", "--epochs", 1, "--no-baseline")
+    one, two = (f"run:{there / name}" for name in ("one", "two"))
+    metrics = run("distill", "--teacher", one, "--teacher", two, *plain, "--set", "export=[]", out=tmp_path / "run")
+    assert [m["model"] for m in metrics["models"]["teacher"]["members"]] == [one, two]
+    assert limbeck("distill", "--teacher", one, "--teacher", f"run:{there / 'tow'}", *plain, "--out", tmp_path / "no") == 2
+    assert "--teacher: no such folder" in capsys.readouterr().err
 
 
 def test_modules_from_python(tmp_path: Path) -> None:
