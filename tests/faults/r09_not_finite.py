@@ -17,13 +17,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [p for p in (str(TESTS), str(TESTS.parent / "src")) if p not in sys.path]
@@ -185,6 +186,16 @@ def one(folder: Path, place: str, rng: random.Random) -> str:
     return f"{told}: {'; '.join(wrong)}" if wrong else ""
 
 
+@dataclass
+class Says:
+    """A peer, or the student's average: it answers with what stands in the batch."""
+
+    module: nn.Module = field(default_factory=nn.Identity)
+
+    def __call__(self, inputs: Any) -> torch.Tensor:
+        return inputs["said"]
+
+
 def masked(rng: np.random.Generator) -> list[str]:
     """Every loss on logits, alone and with the others: all items masked, or a class at -inf in both. What is not finite, in words."""
     wrong = []
@@ -193,7 +204,9 @@ def masked(rng: np.random.Generator) -> list[str]:
         for rows in ([False] * 6, [True, False] * 3):
             for labels in ([-1] * 6, [0, 1, 2, 3, 0, 1]):
                 for masks in ("all of a row", "one class", "none"):
-                    objective = Objective.build([Term(loss=name)], classes=list("abcd"), label_counts=[2, 2, 1, 1])
+                    objective = Objective.build(
+                        [Term(loss=name)], classes=list("abcd"), label_counts=[2, 2, 1, 1], peers=[Says(), Says()], student=Says()
+                    )
                     student, teacher = (torch.tensor(rng.normal(size=(6, CLASSES))) for _ in range(2))
                     mask = torch.tensor(rows)
                     if masks == "all of a row":
@@ -204,7 +217,7 @@ def masked(rng: np.random.Generator) -> list[str]:
                         student[torch.arange(6), spare] = teacher[torch.arange(6), spare] = -math.inf
                     student.requires_grad_()
                     batch = Batch(
-                        ids=torch.zeros(6, 2, dtype=torch.int64).numpy().astype(np.uint64), view=0, student={}, teacher=None,
+                        ids=torch.zeros(6, 2, dtype=torch.int64).numpy().astype(np.uint64), view=0, student={"said": teacher}, teacher=None,
                         labels=torch.tensor(labels), mask=mask
                     )  # fmt: skip
                     loss, _ = objective(Outputs(student), Signal(teacher), batch, progress=0.0, counts=objective.counts(batch))
