@@ -102,8 +102,15 @@ class Job:
 
 def of_member(job: Job, number: int) -> Job:
     """The job of one of several teachers, as if it were the only one."""
-    alone = job.recipe.model_copy(update={"teacher": job.recipe.teachers[number], "ensemble": Ensemble()})
-    return replace(job, recipe=alone, teachers=(job.teachers[number],), number=number)
+    own = {"teacher": job.recipe.teachers[number], "ensemble": Ensemble(), "seed": seed_of_teacher(job.recipe, number)}
+    verify = None if job.recipe.teachers[number].model.startswith("logits:") else job.verify_cache
+    alone = job.recipe.model_copy(update=own)
+    return replace(job, recipe=alone, teachers=(job.teachers[number],), number=number, verify_cache=verify)
+
+
+def seed_of_teacher(recipe: Recipe, number: int) -> int:
+    """Of what is drawn for one of several teachers that are trained first, so that two of one kind are not one."""
+    return recipe.seed if number == 0 else seed_for(recipe.seed, "teacher", number) % 2**63
 
 
 def job_of(
@@ -122,9 +129,10 @@ def job_of(
     data = data or load_data(recipe.data, recipe.task, base)
     length = recipe.data.max_length
 
-    def source(spec: TeacherSpec) -> TeacherSource:
+    def source(number: int, spec: TeacherSpec) -> TeacherSource:
+        seed = seed_of_teacher(recipe, number)
         return TeacherSource(
-            lambda head: build_model(spec, role="teacher", data=data, seed=recipe.seed, base=base, new_head=head, max_length=length),
+            lambda head: build_model(spec, role="teacher", data=data, seed=seed, base=base, new_head=head, max_length=length),
             lambda: sources(spec, data=data, base=base, max_length=length),
         )
 
@@ -132,7 +140,7 @@ def job_of(
         recipe=recipe,
         data=data,
         build_student=lambda seed: build_model(recipe.student, role="student", data=data, seed=seed, base=base, max_length=length),
-        teachers=tuple(map(source, recipe.teachers)),
+        teachers=tuple(source(number, spec) for number, spec in enumerate(recipe.teachers)),
         build_peers=lambda seed: peers_of(recipe, data, base, seed),
         out=out,
         resume=resume,
@@ -355,6 +363,9 @@ def _several(job: Job, label: bool) -> Begun:
     parts = Parts(job.recipe, job.data, student.preprocessing, None, batch_statistics=first.parts.batch_statistics, ranks=job.ranks)
     parts.build_peers = job.build_peers
     notes = dict.fromkeys(note for one in members for note in one.notes)
+    fixed = [one.facts["teacher"] for one in members if not one.to_train]
+    if len(set(fixed)) < len(fixed):
+        notes["Warning: two of the teachers have the same weights: together they say what one of them says, and it counts twice."] = None
     facts = {**first.facts, "teacher": [one.facts["teacher"] for one in members]}
     begun = Begun(first.device, student, parts, first.objective, list(notes), facts, known=together, members=tuple(members))
     begun.exits = first.exits

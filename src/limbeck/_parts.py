@@ -38,7 +38,7 @@ from limbeck.ranks import ALONE, Ranks
 from limbeck.recipe import Recipe, Stage, Term
 from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TextPreprocessing
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "reads_unlabelled"]
 
 EVALUATION_BATCH = 256
 THROUGHPUT_BATCH = 64
@@ -109,7 +109,7 @@ class Parts:
     @property
     def unlabelled_too(self) -> bool:
         """Whether a loss learns from samples without a label, although no teacher is there."""
-        return any(LOSSES[t.loss].self_taught and "labels" not in LOSSES[t.loss].reads for t in self.recipe.terms)
+        return reads_unlabelled(self.recipe)
 
     @cached_property
     def label_counts(self) -> np.ndarray[Any, Any]:
@@ -453,6 +453,11 @@ class Parts:
         split = self.data.test.take(np.sort(rows))
         [request] = evaluation_requests(split, count)
         return self.builder(split, student=preprocessing)(request).student
+
+
+def reads_unlabelled(recipe: Recipe) -> bool:
+    """Whether a loss of a recipe learns from samples without a label, although no teacher is there."""
+    return any(LOSSES[t.loss].self_taught and "labels" not in LOSSES[t.loss].reads for t in recipe.terms)
 
 
 def _size(wanted: Preprocessing) -> int:

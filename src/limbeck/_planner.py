@@ -413,7 +413,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
 
     teacher, choices = _teacher_of(begun, recipe, complete)
     feed = parts.feed(recipe, with_teacher=with_teacher, ask=isinstance(teacher, LiveTeacher))
-    split = job.data.train if with_teacher else parts.labelled
+    split = job.data.train if with_teacher or parts.unlabelled_too else parts.labelled
     lengths = parts.lengths(split, parts.staged[parts.measured])
     few = _batches(feed.plan.plans[parts.measured], feed.builder, lengths)
     objective = parts.objective(recipe.seed, begun.student).at(parts.measured)
@@ -522,7 +522,7 @@ def _times(
     apart: the teacher answers while the student trains."""
     passes, step = recipe.train.epochs * seeds, 1000 * trained.seconds
     student = epoch(trained.seconds, loader)
-    baseline = passes * student if recipe.baseline and cache is not None else None
+    baseline = passes * student if recipe.baseline else None
     once = before + (baseline or 0.0)
     times: dict[str, Any] = {
         "batch_rows": few.rows,
@@ -713,7 +713,7 @@ def _memory(begun: Beginning, recipe: Recipe, trained: _Training, kept: bool, wo
     """Bytes on the devices that compute. ``total_bytes``: the largest sum of what is needed at one time on the student's."""
     here = begun.device.type == "cpu"  # elsewhere the baseline and the best epoch wait in the host's memory
     held = {
-        "the baseline's": here and recipe.baseline and begun.known is not None,
+        "the baseline's": here and recipe.baseline,
         "their average": recipe.train.ema is not None,
         "the best epoch's": here and recipe.train.select == "best",
     }

@@ -208,9 +208,9 @@ def not_applying(data: Given, value: Any, command: str) -> dict[str, str]:
         reasons["ensemble"] = "is for several teachers (teacher: [A, B])."
     elif value("ensemble.average") == "logits":
         reasons["ensemble.temperature"] = "has no effect where ensemble.average is logits, which are averaged as they are."
-    if command == "train" or (not paths.teachers_of(data) and _self_taught(data)):
+    if command == "train" or (not paths.teachers_of(data) and self_taught(data)):
         reasons["teacher_cache"] = "has no effect without a teacher."
-        if _self_taught(data, ("mean_teacher",)):
+        if self_taught(data, ("mean_teacher",)):
             return reasons
         reasons["data.unlabelled"] = "has no effect without a teacher: nothing is learned from samples that have no label."
     return reasons
@@ -277,7 +277,7 @@ def _roles(data: Given, value: Any, command: str) -> Iterable[Problem]:
     teacher = look(data, "teacher")
     if command == "train" and teacher not in (MISSING, None):
         yield Problem("teacher", "has no effect in `limbeck train`, which trains the student alone.", "Use `limbeck distill`.")
-    elif command == "distill" and teacher in (MISSING, None) and not _self_taught(data):
+    elif command == "distill" and teacher in (MISSING, None) and not self_taught(data):
         yield Problem("teacher", "is missing: name the model to learn from (--teacher).", "To train without one, use `limbeck train`.")
     if command == "train" and look(data, "baseline") is True:
         yield Problem("baseline", "has no effect in `limbeck train`: a training has no baseline beside it.", "Leave it out.")
@@ -292,7 +292,7 @@ SELF_TAUGHT = ("byot", "mutual", "kdcl", "mean_teacher")
 """Losses that teach without a teacher."""
 
 
-def _self_taught(data: Given, names: Sequence[str] = SELF_TAUGHT) -> bool:
+def self_taught(data: Given, names: Sequence[str] = SELF_TAUGHT) -> bool:
     """Whether a student learns from itself or its peers, by one of these losses."""
     return any(isinstance(term, Mapping) and term.get("loss") in names for terms in _objectives_of(data) for term in terms)
 

@@ -68,6 +68,8 @@ def merge(
         spelt[path] = spelling
     problems += _objective(merged, options)
     for where, teacher in paths.teachers_of(merged):
+        if where != "teacher" and isinstance(teacher, dict) and str(teacher.get("model")).startswith("logits:"):
+            continue  # of several, what is a file is not trained
         if options.get("fit_teacher") and isinstance(teacher, dict) and teacher.get("train") is None:
             teacher["train"] = {"if_needed": True}
             spelt[f"{where}.train"] = "--fit-teacher"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from limbeck._begin import Begun, Job, begin, job_of, teacher_of
 from limbeck._folder import finished, matches, same_run
+from limbeck._parts import reads_unlabelled
 from limbeck._vary import Combination
 from limbeck.data import Data, load_data
 from limbeck.errors import Problem, UsageError, listed
@@ -41,20 +42,22 @@ def data_key(recipe: Recipe) -> str:
 
 def baseline_key(recipe: Recipe) -> str:
     """What a baseline, and what is chosen for a student by measuring, depends on: everything but the teacher and the terms that read it."""
-    plain = recipe.model_dump(mode="json", exclude={"teacher", "objective", "export", "track", "baseline", "teacher_cache"})
+    plain = recipe.model_dump(mode="json", exclude={"teacher", "ensemble", "objective", "export", "track", "baseline", "teacher_cache"})
+    plain["student"].pop("peers")
     for name in _NO_WEIGHT:
         plain["train"].pop(name)
     for stage in plain["train"]["stages"] or []:
         stage.pop("objective")
-    return _text([plain, [_cross_entropy(terms) for terms in recipe.objectives], recipe.teacher_cache.views])
+    whole = recipe.teacher is not None or reads_unlabelled(recipe)  # its steps are those of the student
+    return _text([plain, [_cross_entropy(terms) for terms in recipe.objectives], recipe.teacher_cache.views, whole])
 
 
 def teacher_keys(recipe: Recipe) -> list[str | None]:
     """:func:`teacher_key` of each teacher."""
-    return [teacher_key(recipe, spec) for spec in recipe.teachers]
+    return [teacher_key(recipe, spec, number) for number, spec in enumerate(recipe.teachers)]
 
 
-def teacher_key(recipe: Recipe, teacher: TeacherSpec) -> str | None:
+def teacher_key(recipe: Recipe, teacher: TeacherSpec, number: int = 0) -> str | None:
     """What a teacher's own training depends on (its settings over those of the student); None where it is not trained.
 
     How it is asked afterwards is not in it, nor are settings of the student that its own take the place of.
@@ -67,7 +70,7 @@ def teacher_key(recipe: Recipe, teacher: TeacherSpec) -> str | None:
     }
     model = teacher.model_dump(mode="json", include={"model", "weights", "options"})
     data = recipe.data.model_dump(mode="json")
-    return _text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe.objective), recipe.teacher_cache.views])
+    return _text([model, train, data, recipe.task, recipe.seed, number, _cross_entropy(recipe.objective), recipe.teacher_cache.views])
 
 
 def without_numbers(recipe: Recipe, train: Iterable[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from limbeck._begin import Job, TeacherSource, peers_of
+from limbeck._begin import Job, TeacherSource, peers_of, seed_of_teacher
 from limbeck._folder import already, goes_on, next_free, refuse_taken
 from limbeck.data import Data, data_from_python, load_data
 from limbeck.errors import Problem, UsageError
@@ -75,7 +75,8 @@ def distill(
     they come back as they were, and ``Result.student`` is another object. teacher: or a list of several (``ensemble`` says how they are averaged).
     train, test, valid, unlabelled: ``(x, y)`` tensors or arrays (uint8 images NHWC, NCHW or NHW; float tensors as they are; lists of strings or of
     pairs of strings) or a ``torch.utils.data.Dataset`` of ``(x, y)``; or ``data``: a source name or a ``data`` section of a recipe.
-    baseline: train the same student without the teacher too (it is done where nothing is said). seeds: how many, from ``seed`` on.
+    baseline: train the same student without the teacher too (beside a teacher it is done where nothing is said; without one, for losses that teach
+    by themselves, where it is True). seeds: how many, from ``seed`` on.
     temperature, alpha: ``alpha * T^2 * KL + (1 - alpha) * cross entropy``, 4 and 0.7 by default; or ``objective``, as in a recipe.
     settings: keys of a recipe's ``train`` section (``epochs``, ``batch_size``, ``lr``, ...), ``data_options`` (keys of its ``data`` section, e.g.
     ``{"augment": "standard"}``), and ``ensemble``, ``teacher_cache`` or ``track`` as in a recipe.
@@ -93,6 +94,9 @@ def distill(
     """
     several = isinstance(teacher, list | tuple)
     teachers = cast(list[ModelLike], list(cast(Sequence[ModelLike], teacher)) if several else [] if teacher is None else [teacher])
+    stages = [stage for stage in settings.get("stages") or [] if isinstance(stage, Mapping)]
+    given = [term for part in (objective, *(stage.get("objective") for stage in stages)) for term in part or []]
+    own = [str(term.get("loss")) if isinstance(term, Mapping) else str(term) for term in given]
     problems = list(
         _ignored(
             student,
@@ -102,10 +106,10 @@ def distill(
             settings.get("data_options") or {},
             tokenizer,
             seeds,
+            any(LOSSES[name].self_taught and "labels" not in LOSSES[name].reads for name in own if name in LOSSES),
         )
     )
     terms = objective
-    own = [str(term.get("loss")) for term in terms or [] if isinstance(term, dict)]
     taught = teacher is not None or (bool(baseline) and any(LOSSES[name].self_taught for name in own if name in LOSSES))
     if terms is None and teacher is not None and not (temperature is None and alpha is None):
         terms = default_objective(temperature, alpha)
@@ -172,12 +176,12 @@ def distill(
             build_student=build_student,
             teachers=tuple(
                 TeacherSource(
-                    partial(_teacher, given, spec, recipe, loaded, base, tokenizer),
+                    partial(_teacher, given, spec, recipe, loaded, base, tokenizer, seed_of_teacher(recipe, number)),
                     partial(sources, spec, data=loaded, base=base, max_length=recipe.data.max_length)
                     if isinstance(given, str | Path | dict)
                     else lambda: None,
                 )
-                for given, spec in zip(teachers, recipe.teachers, strict=True)
+                for number, (given, spec) in enumerate(zip(teachers, recipe.teachers, strict=True))
             ),
             build_peers=lambda seed: peers_of(recipe, loaded, base, seed),
             out=folder,
@@ -238,8 +242,10 @@ def _name(model: ModelLike) -> str:
     return getattr(model, "__name__", "model").strip("<>")
 
 
-def _teacher(given: ModelLike, spec: TeacherSpec, recipe: Recipe, data: Data, base: Path, tokenizer: Any, new_head: bool) -> Model:
-    return _model(given, spec, recipe, "teacher", data, recipe.seed, base, tokenizer, new_head=new_head)
+def _teacher(
+    given: ModelLike, spec: TeacherSpec, recipe: Recipe, data: Data, base: Path, tokenizer: Any, seed: int, new_head: bool
+) -> Model:
+    return _model(given, spec, recipe, "teacher", data, seed, base, tokenizer, new_head=new_head)
 
 
 def _model(
@@ -296,8 +302,10 @@ def _ignored(
     options: Any,
     tokenizer: Any,
     seeds: int,
+    labels_unread: bool,
 ) -> Iterator[Problem]:
-    """Arguments that contradict each other, or would have no effect. data, learning: arguments by name, None where not given."""
+    """Arguments that contradict each other, or would have no effect. data, learning: arguments by name, None where not given. labels_unread: whether
+    a loss learns from samples without a label by itself."""
     if not isinstance(options, Mapping):
         yield Problem("data_options", f"a mapping is wanted, as a recipe's data section; got {type(options).__name__}.")
         options = {}
@@ -324,7 +332,7 @@ def _ignored(
             if learning[name] is not None:
                 text = "has no effect without a teacher: it weighs what a teacher says."
                 yield Problem(name, text, "Leave it out, or use limbeck.distill(teacher=...).")
-        if data["unlabelled"] is not None and data["data"] is None:
+        if data["unlabelled"] is not None and data["data"] is None and not labels_unread:
             yield Problem(
                 "unlabelled", "has no effect without a teacher: nothing is learned from samples that have no label.", "Leave it out."
             )

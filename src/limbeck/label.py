@@ -56,17 +56,19 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
         if one.to_train:
             text = "has to be trained on this data first, which `limbeck distill` does."
             raise UsageError(Problem(alone.role.replace("-", "."), text, "Train it with `limbeck train`, and name it as run:DIR."))
-        if one.answers is None:  # the disk would not hold them, or it is a file
-            reason = "its answers are a file already" if one.table is not None else one.cached[1]
-            raise UsageError(Problem("teacher_cache", reason, "Name another path, take fewer views, or codec: sparse."))
+        if one.answers is None and one.table is None:  # the disk would not hold them
+            raise UsageError(Problem("teacher_cache", one.cached[1], "Name another path, take fewer views, or codec: sparse."))
+    if all(one.table is not None for one in begun.taught):
+        raise UsageError(Problem("teacher", "is a file of answers already, so there is nothing to fill.", "Distil from it."))
     for note in begun.notes:
         progress.say(note)
-    filled = [_filled(alone, one, progress, dry_run) for one, alone in zip(begun.taught, jobs, strict=True)]
+    asked = [(alone, one) for one, alone in zip(begun.taught, jobs, strict=True) if one.table is None]
+    filled = [_filled(alone, one, progress, dry_run) for alone, one in asked]
     sums: dict[str, Any] = {name: sum(one[name] for one in filled) for name in ("asked", "bytes", "teacher_seconds")}
-    result = {**(filled[0] if len(filled) == 1 else {"teachers": filled, **sums}), "total_seconds": time.perf_counter() - started}
+    result = {**(filled[0] if len(jobs) == 1 else {"teachers": filled, **sums}), "total_seconds": time.perf_counter() - started}
     if not dry_run:
         rows = sum(sum(one["rows"].values()) for one in filled)
-        root = begun.taught[0].answers.root if begun.taught[0].answers is not None else ""
+        root = next(one.answers.root for _, one in asked if one.answers is not None)
         progress.say(f"All {rows:,} answers are in {root} ({result['bytes']:,} bytes).")
     return result
 

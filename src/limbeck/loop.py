@@ -142,6 +142,7 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad(), capture, again, _fork(engine):
         module.train()
         objective.train()
+        remembers = bool(objective.remembering())
         objective.follow(module)
         objective.stepped(keep=False)  # it may have been asked on the way here, by what measures
         compute = _Compute(student, objective, capture, engine, ranks)
@@ -190,7 +191,7 @@ def fit(
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
             touch(skipped)
             scaler.update()
-            objective.stepped()
+            objective.stepped(keep=not (remembers and scaler.is_enabled()) or not bool(skipped))
             if average is not None:
                 average.update(done.steps)
             done.steps = request.step + 1

@@ -135,11 +135,13 @@ def temperatures_of(terms: Sequence[Term]) -> list[float | str]:
     found: dict[float | str, None] = {}
     for term in terms:
         entry = LOSSES[term.loss]
-        if "teacher.logits" in entry.reads:
+        if "teacher.logits" in entry.reads and term.weight != 0:
             own = entry.parameters.get("temperature")
             given = (term.model_extra or {}).get("temperature", 1.0 if own is None else own.default)
             found["a schedule" if isinstance(given, Mapping | Schedule) else float(given)] = None
-    return list(found)
+            if entry.also_at_one:
+                found[1.0] = None
+    return list(found) or [1.0]
 
 
 def with_pairs(terms: Sequence[Term], pairs: Sequence[tuple[str, str]], exits: Sequence[str] = ()) -> list[Term]:
@@ -271,7 +273,8 @@ class Objective(nn.Module):
         the weight as it was.
         """
         before, ratio = self.balance[number], ratio.to(self.balance.dtype)
-        wanted = ratio if first else before**KEPT * ratio ** (1 - KEPT)
+        # 1 stands for what was not measured yet: where a gradient was still zero at first, the first one that is not decides
+        wanted = ratio if first else torch.where(before == 1, ratio, before**KEPT * ratio ** (1 - KEPT))
         self.balance[number] = torch.where(ratio.isfinite() & (ratio > 0), wanted, before)
 
     def select(self, batch: Batch) -> Selection:

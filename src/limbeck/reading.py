@@ -284,7 +284,13 @@ def _objective_problems(plain: Mapping[str, Any], command: Command) -> list[Prob
             if teacher.logits or teacher.features:
                 text = f"{term.loss} needs a teacher, and `limbeck train` has none."
                 problems.append(Problem(f"{where}.loss", text, "Use `limbeck distill --teacher ...`, or leave it out."))
-    elif plain.get("teacher") is not None:
+    elif plain.get("teacher") is None:
+        for where, term in terms.items():
+            if check.self_taught(plain) and ("teacher.logits" in LOSSES[term.loss].reads or "teacher.features" in LOSSES[term.loss].reads):
+                problems.append(
+                    Problem(f"{where}.loss", f"{term.loss} needs a teacher, and the recipe names none.", "Name one, or leave it out.")
+                )
+    else:
         _, teacher = needs_of(list(terms.values()))
         if not (teacher.logits or teacher.features):
             used = ", ".join(dict.fromkeys(t.loss for t in terms.values()))

@@ -432,7 +432,9 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
         measured: dict[str, Any] = {}
         if shared.teacher is not None and (asked_in_the_loop(teacher) or None not in shared.told):
             stop.between("the evaluation of the teacher")
-            logits["teacher"], measured["teacher"] = _evaluate_teacher(shared)
+            told = _evaluate_teacher(shared)
+            if told is not None:
+                logits["teacher"], measured["teacher"] = told
         for role in ("baseline", "student"):  # the student last: its weights stay in the module
             if role in trained:
                 stop.between(f"the evaluation of the {role}")
@@ -523,9 +525,9 @@ def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks, engine: Eng
     return Trained(0, 0.0, 0), snapshot(baseline.module)
 
 
-def _evaluate_teacher(shared: Shared) -> Told:
+def _evaluate_teacher(shared: Shared) -> Told | None:
     """The teacher on the test split, in full precision, once for all seeds, by those who hold it; then it goes back to how it teaches. Several are
-    evaluated one by one, and as what they say together."""
+    evaluated one by one, and as what they say together; None where one of them has no answers for the test split."""
     parts, ranks = shared.parts, shared.ranks
     each = shared.teacher.members if isinstance(shared.teacher, Ensemble) else [shared.teacher]
     for number, (teacher, known) in enumerate(zip(each, shared.told, strict=True)):
@@ -536,6 +538,8 @@ def _evaluate_teacher(shared: Shared) -> Told:
         if ranks.teachers:
             shared.told[number] = _told_by_teachers(ranks, *(told or (None, {})))
     told_by = [told for told in shared.told if told is not None]
+    if len(told_by) < len(each):
+        return None
     if shared.mixing is None:
         return told_by[0]
     logits = shared.mixing.at_one()([torch.from_numpy(own) for own, _ in told_by]).numpy()

@@ -267,6 +267,27 @@ def test_teachers_named_on_the_command_line(there: Path, tmp_path: Path, capsys:
     assert "--teacher: no such folder" in capsys.readouterr().err
 
 
+def test_two_of_one_kind_are_two(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twin = {"model": "python:nets.py:teacher", "train": {"epochs": 1}}
+    run("distill", together(there, "twins.yaml", [twin, twin], teacher_cache={"mode": "off"}), "--no-baseline", out=tmp_path / "run")
+    assert weights(tmp_path / "run/teacher-0") != weights(tmp_path / "run/teacher-1")
+    same = run("distill", together(there, "same.yaml", [ONE, ONE], teacher_cache={"path": "cache"}), "--no-baseline", out=tmp_path / "same")
+    assert any("have the same weights" in note for note in same["notes"])
+
+
+def test_a_file_of_answers_beside_a_model(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file says nothing of the test split: what they say together is unknown there, and the run goes on."""
+    x = np.load(there / "pictures.npz")["train_x"]
+    np.save(there / "logits.npy", model_logits(there / "one", x).astype(np.float32))
+    plain = {"data": {"source": "npz:pictures.npz", "augment": "none"}, "teacher_cache": {"path": str(tmp_path / "cache")}}
+    path = together(there, "table.yaml", ["logits:logits.npy", TWO], **plain)
+    for out, more in (("kept", ()), ("live", ("--set", "teacher_cache.mode=off", "--set", "teacher_cache.path=null"))):
+        metrics = run("distill", path, "--no-baseline", *more, out=tmp_path / out)
+        assert set(metrics["models"]) == {"student"}
+    assert limbeck("label", path, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["teachers"]) == 1
+
+
 def test_modules_from_python(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(60, 8), torch.randint(0, 3, (60,))

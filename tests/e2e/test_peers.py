@@ -7,7 +7,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -140,6 +142,48 @@ def test_two_stages_move_one_average_once(there: Path, tmp_path: Path) -> None:
     run("distill", whole, "--no-baseline", out=tmp_path / "whole")
     run("distill", cut, "--no-baseline", out=tmp_path / "cut")
     assert weights(tmp_path / "whole/student") == weights(tmp_path / "cut/student")
+
+
+def test_a_sweep_lends_a_baseline_of_the_same_budget_alone(there: Path, tmp_path: Path) -> None:
+    """One loss reads the labelled rows, the other one all of them: their baselines have other steps."""
+    plain = {**OWN_AVERAGE, "objective": [{"loss": "cross_entropy"}, {"loss": "byot", "student": "body"}]}
+    path = recipe(there, "sweep.yaml", **plain)
+    assert (
+        limbeck("sweep", path, "--vary", "objective.1={loss: byot, student: body},{loss: mean_teacher}", "--out", tmp_path / "sweep") == 0
+    )
+    for child in (tmp_path / "sweep/runs").iterdir():
+        assert "from" not in read(child / "metrics.json")["models"]["baseline"]
+        assert steps(child, "student") == steps(child, "baseline")
+
+
+def test_a_loss_that_needs_a_teacher_is_refused_beside_one_that_does_not(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = [{"loss": "cross_entropy"}, {"loss": "mean_teacher"}, {"loss": "kd"}, {"loss": "patient", "layers": "auto"}]
+    path = recipe(there, "needs.yaml", **{**OWN_AVERAGE, "objective": objective})
+    assert limbeck("distill", path, "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "objective.2.loss: kd needs a teacher" in said
+    assert "objective.3.loss: patient needs a teacher" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_unlabelled_tensors_from_python(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32), np.arange(60) % 3
+    found = lib.distill(
+        student=torch.nn.Linear(4, 3), teacher=None, objective=["cross_entropy", "mean_teacher"], baseline=True, train=(x[:20], y[:20]),
+        test=(x[20:30], y[20:30]), unlabelled=x[30:], epochs=1, batch_size=10, export=[], out=tmp_path / "run", progress="none",
+    )  # fmt: skip
+    assert set(found.metrics["models"]) == {"student", "baseline"}
+    assert found.metrics["data"]["train"] > 40
+
+
+def test_a_plan_without_a_teacher(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(there, "plan.yaml", **OWN_AVERAGE)
+    assert limbeck("distill", path, "--out", tmp_path / "run", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["time"]["baseline_seconds"] > 0
+    assert plan["steps"] == 9
 
 
 def test_a_peer_that_reads_other_inputs_is_refused(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,15 @@ def test_a_recipe_says_how() -> None:
     assert recipe(teacher=["python:a.py:a"]).teacher.model == "python:a.py:a"  # a list of one is that one
 
 
+def test_what_reads_another_temperature_too_has_to_be_told() -> None:
+    from limbeck.errors import UsageError
+
+    with pytest.raises(UsageError, match=r"ensemble.temperature: is to be given.*4.0, 1.0"):
+        recipe(objective=[{"loss": "cross_entropy"}, {"loss": "nkd", "temperature": 4.0}])
+    off = [{"loss": "kd", "temperature": 2.0}, {"loss": "kd", "temperature": 4.0, "weight": 0.0}]
+    assert Mixing.of(recipe(objective=off)).temperature == 2.0  # at weight 0 it reads nothing
+
+
 def test_a_complete_recipe_reads_as_it_was_written(tmp_path: Path) -> None:
     from limbeck.reading import recipe_from_yaml
 

@@ -460,6 +460,18 @@ def test_the_average_moves_behind_each_step() -> None:
     torch.testing.assert_close(MeanTeacher(cost="kl", temperature=3.0)(x, z), kd(x, z, temperature=3.0))
 
 
+def test_tied_weights_are_averaged_once() -> None:
+    student = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    student[1].weight = student[0].weight
+    loss = MeanTeacher(Peer(-1, student), decay=0.9)
+    loss.follow(student)
+    before = student[0].weight.detach().clone()
+    with torch.no_grad():
+        student[0].weight += 1
+    loss.stepped()
+    torch.testing.assert_close(loss.average[0].weight, before + 0.5)  # type: ignore[index]
+
+
 def test_students_learn_from_each_other() -> None:
     """Equation 8 in NumPy, value; and gradient: of each student's own part, with what the others say held still."""
     rng = np.random.default_rng(7)

@@ -83,6 +83,7 @@ _ROWS = (
         weight=2.25,
         example={"temperature": 2.0},
         hard_labels=True,
+        also_at_one=True,
     ),
     LossEntry(
         name="nkd",
@@ -96,6 +97,7 @@ _ROWS = (
         cost="N C",
         example={"gamma": 1.5, "temperature": 1.0},
         hard_labels=True,
+        also_at_one=True,
     ),
     LossEntry(
         name="soft_cross_entropy",

@@ -161,7 +161,8 @@ class MeanTeacher(nn.Module):
         if not keep or not self._followed:
             return
         self.count += 1
-        own, theirs = self.average.state_dict(), self._followed[0].state_dict()
+        # each tensor once, whatever names it has
+        own, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (self.average, self._followed[0]))
         for name, value in own.items():
             if value.is_floating_point():
                 share = (1 / (self.count.to(value.dtype) + 1)).clamp(min=1 - self._decay)
