@@ -51,6 +51,8 @@ KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log"
 TEACHER = ("unit/test_teacher.py",)
 CRD = ("unit/test_crd.py",)
 PEERS = ("e2e/test_peers.py",)
+LENT = ("e2e/test_peers.py::test_a_sweep_lends_a_baseline_of_the_same_budget_alone",)
+TWINS = ("e2e/test_ensemble.py::test_two_of_one_kind_are_two",)
 STAGED_AVERAGE = ("e2e/test_peers.py::test_two_stages_move_one_average_once",)
 ENSEMBLE = ("unit/test_ensemble.py",)
 OF_TEACHERS = ("e2e/test_ensemble.py::test_the_teacher_of_the_report_is_what_they_say_together",)
@@ -511,6 +513,10 @@ MUTANTS = (
     Mutant("the-worst-student-teaches", "losses/peers.py", "wrong.argmin(1)", "wrong.argmax(1)", LOSSES),
     Mutant("min-logit-of-raw-logits", "losses/peers.py", "(told - told.gather(2, at)).amin(1)", "told.amin(1)", LOSSES),
     Mutant(
+        "a-baseline-lent-to-another-budget", "_sweep_share.py", "recipe.teacher_cache.views, whole])", "recipe.teacher_cache.views])", LENT
+    ),
+    Mutant("twins-are-one-teacher", "_begin.py", "return recipe.seed if number == 0 else", "return recipe.seed if True else", TWINS),
+    Mutant(
         "the-average-moves-twice",
         "objective.py",
         "for loss in dict.fromkeys(self.remembering()):",
@@ -709,7 +715,7 @@ MUTANTS = (
     Mutant(
         "a-teacher-of-another-training",
         "_sweep_share.py",
-        "_text([model, train, data, recipe.task, recipe.seed, _cross_entropy(recipe.objective), recipe.teacher_cache.views])",
+        "_text([model, train, data, recipe.task, recipe.seed, number, _cross_entropy(recipe.objective), recipe.teacher_cache.views])",
         "_text([model, train, data, recipe.task, recipe.seed, recipe.teacher_cache.views])",
         ("e2e/test_sweep.py::test_a_teacher_is_trained_again_where_its_own_training_is_varied",),
     ),
