@@ -48,6 +48,7 @@ __all__ = [
     "begin",
     "has_batch_statistics",
     "job_of",
+    "jobs_of",
     "keep",
     "of_member",
     "parameters_of",
@@ -106,6 +107,11 @@ def of_member(job: Job, number: int) -> Job:
     verify = None if job.recipe.teachers[number].model.startswith("logits:") else job.verify_cache
     alone = job.recipe.model_copy(update=own)
     return replace(job, recipe=alone, teachers=(job.teachers[number],), number=number, verify_cache=verify)
+
+
+def jobs_of(job: Job) -> list[Job]:
+    """The job of each teacher, as if it were the only one."""
+    return [job] if len(job.teachers) == 1 else [of_member(job, number) for number in range(len(job.teachers))]
 
 
 def seed_of_teacher(recipe: Recipe, number: int) -> int:

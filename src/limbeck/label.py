@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
-from limbeck._begin import Begun, Job, agree, begin, job_of, of_member
+from limbeck._begin import Begun, Job, agree, begin, job_of, jobs_of
 from limbeck._folder import Stop
 from limbeck.cache import read_manifest, tidy, write_ids
 from limbeck.data import load_data
@@ -51,7 +51,7 @@ def label_job(job: Job, progress: Progress, *, dry_run: bool = False) -> dict[st
     begun = begin(job, label=True)
     job = replace(job, recipe=begun.settled(job.recipe))
     agree(job, begun)
-    jobs = [job] if len(job.teachers) == 1 else [of_member(job, number) for number in range(len(job.teachers))]
+    jobs = jobs_of(job)
     for one, alone in zip(begun.taught, jobs, strict=True):
         if one.to_train:
             text = "has to be trained on this data first, which `limbeck distill` does."

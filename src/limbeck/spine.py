@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
-from limbeck._begin import Begun, Job, agree, begin, job_of, keep, of_member, summary
+from limbeck._begin import Begun, Job, agree, begin, job_of, jobs_of, keep, summary
 from limbeck._choices import explicit, resolved, snapshot
 from limbeck._folder import (
     Stop,
@@ -160,7 +160,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
             if data.skipped:
                 write_atomic(job.out / SKIPPED, skipped_csv(data))
             write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
-        for one, alone in zip(begun.taught, _jobs(job), strict=True):
+        for one, alone in zip(begun.taught, jobs_of(job), strict=True):
             if one.model is None or not one.to_train:
                 continue
             # several ranks train it together, each on a device of its own
@@ -187,7 +187,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
         each: list[Teacher] = []
         chosen: list[tuple[Engine, dict[str, Any]] | None] = []
         try:
-            for one, alone in zip(begun.taught, _jobs(replace(job, recipe=asked)), strict=True):
+            for one, alone in zip(begun.taught, jobs_of(replace(job, recipe=asked)), strict=True):
                 one.parts.ranks = ranks.own
                 at_work, how = _teacher_at_work(alone, one, meter, progress, between)
                 each.append(at_work)
@@ -246,11 +246,6 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     progress.say(result["verdict"])
     progress.say(f"Report: {job.out / 'report.html'}")
     return result
-
-
-def _jobs(job: Job) -> list[Job]:
-    """The job of each teacher, as if it were the only one."""
-    return [job] if len(job.teachers) == 1 else [of_member(job, number) for number in range(len(job.teachers))]
 
 
 def _teacher_choices(taught: Sequence[Begun], chosen: Sequence[tuple[Engine, dict[str, Any]] | None]) -> dict[str, Any]:

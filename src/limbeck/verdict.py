@@ -36,10 +36,10 @@ def verdict(models: dict[str, Any], interval: list[float] | None, seeds: int, so
     if teacher is None and baseline is not None:
         spread = "" if interval is None else f" (95 % interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}, {source})"
         bought = (
-            f"{100 * (student - baseline):+.1f} points against the same student trained without the teacher ({_percent(baseline)}){spread}"
+            f"{100 * (student - baseline):+.1f} points against the same student trained {'on labels alone' if alone else 'without the teacher'} "
+            f"({_percent(baseline)}){spread}"
         )
         if alone:
-            bought = bought.replace("without the teacher", "on labels alone")
             return f"The student reaches {_percent(student)} test {what}, {bought}."
         return f"The student reaches {_percent(student)} test {what}, {bought}; the teacher's own accuracy is unknown."
     if teacher is None:
