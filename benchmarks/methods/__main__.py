@@ -2,12 +2,14 @@
 
     python benchmarks/methods r52 20newsgroups        the tracks named, one after the other (hours; a run that is stopped goes on)
     python benchmarks/methods cifar10 --only kd hint  some of their methods
+    python benchmarks/methods cifar10 --jobs 14       so many at once, and the time of a step left for later
+    python benchmarks/methods cifar10 --time          the time of a step, of the methods whose other figures are there
     python benchmarks/methods --page [--check]        docs/methods.md from what is under benchmarks/results/methods/
 
-For each track: a teacher is trained once. A baseline and three students by kd (0.7 at T = 4, as a recipe without an objective has it) give what the
-teacher and plain distillation are worth. Each method is run at three weights with seed 0, the best on validation is taken, and run with seeds 1
-and 2. All of them have the same steps, batch size and learning rate, and read the teacher from its cache. The time of a step is measured apart,
-in turns with the same student without a teacher.
+For each pair a teacher is trained once. A baseline and three students by kd (0.7 at T = 4, as a recipe without an objective has it) give what
+the teacher and plain distillation are worth. Each method is run at three weights with seed 0, the best on validation is taken, and run with
+seeds 1 and 2. All of them have the same steps, batch size and learning rate, and read the teacher from its cache. The time of a step is
+measured apart, in turns with the same student without a teacher.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tracks", nargs="*", choices=[*TRACKS, []], metavar="TRACK", help=f"of {', '.join(TRACKS)}")
     parser.add_argument("--only", nargs="+", metavar="METHOD", default=None)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="methods at once; with several no step is timed")
+    parser.add_argument("--time", action="store_true", help="only the time of a step, where it is missing")
     parser.add_argument("--page", action="store_true", help="write docs/methods.md")
     parser.add_argument("--check", action="store_true", help="with --page: only say whether it is what the results say")
     parser.add_argument("--quick", action="store_true", help="an epoch of 400 rows, to try the script; nothing is kept under results")
@@ -48,40 +55,76 @@ def main() -> None:
     if asked.page:
         sys.exit(page.main(ROOT, RESULTS, check=asked.check))
     for name in asked.tracks:
-        run_track(name, TRACKS[name], asked.only, asked.quick)
+        if not asked.time:
+            train_track(name, TRACKS[name], asked.only, asked.jobs, asked.quick)
+        if asked.jobs == 1 and not asked.quick:
+            time_track(name, TRACKS[name], asked.only)
 
 
-def run_track(name: str, track: Track, only: list[str] | None, quick: bool) -> None:
-    """Everything of one track. After each method what is known is written."""
+def train_track(name: str, track: Track, only: list[str] | None, jobs: int, quick: bool) -> None:
+    """Everything that is trained. After each method what is known is written."""
+    runs = runs_of(name, quick)
+    recipe = recipe_of(track, runs)
+    subprocess.run([sys.executable, str(HERE.parent / "fetch.py"), *track.needs], check=True)
+    limbeck("train", written(runs / "teacher.yaml", track.teacher, quick), "--no-baseline", "--out", teacher_of(track, runs))
+    plain = written(
+        runs / "plain.yaml",
+        {**recipe, "objective": [{"loss": "kd", "weight": 0.7, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.3}]},
+        quick,
+    )
+    if jobs > 1:
+        limbeck("label", plain, resume=False)  # once, and not by each of them
+    works: dict[str, Callable[[], Any]] = {"": partial(beginning, runs, plain)}
+    for label, method in methods_of(track).items():
+        if only is None or label in only:
+            works[label] = partial(outcome, runs, label, method, recipe, quick)
+    head = {"track": name, "title": track.title, "machine": measuring.machine(), "recipe": shown(track.recipe)}
+    found: dict[str, Any] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        asked = {pool.submit(work): label for label, work in works.items()}
+        try:
+            for future in as_completed(asked):
+                found[asked[future]] = future.result()
+                if "" in found:
+                    keep(
+                        name, {**head, **found[""], "methods": {label: found[label] for label in works if label and label in found}}, quick
+                    )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def time_track(name: str, track: Track, only: list[str] | None) -> None:
+    """The time of a step of each method, in turns with a student that has no teacher."""
+    runs, result = runs_of(name), read(RESULTS / f"{name}.json")
+    recipe = recipe_of(track, runs)
+    floor = {k: v for k, v in recipe.items() if k not in ("teacher", "teacher_cache")} | {"objective": [{"loss": "cross_entropy"}]}
+    for label, method in methods_of(track).items():
+        own = result["methods"].get(label)
+        if own is None or "step" in own or (only is not None and label not in only):
+            continue
+        own["step"] = step_time(runs / "time", {**recipe, "objective": weighted(method, own["weight"])}, floor, track.timed)
+        keep(name, result, quick=False)
+
+
+def runs_of(name: str, quick: bool = False) -> Path:
     runs = RUNS / (name if not quick else f"{name}-quick")
     runs.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, str(HERE.parent / "fetch.py"), *track.needs], check=True)
-    teacher = runs / "teacher"
-    limbeck("train", written(runs / "teacher.yaml", track.teacher, quick), "--no-baseline", "--out", teacher)
+    return runs
+
+
+def teacher_of(track: Track, runs: Path) -> Path:
+    """Beside the folder of the track: tracks of one pair have one teacher."""
+    return runs.parent / f"{track.pair}-teacher{'-quick' * runs.name.endswith('-quick')}"
+
+
+def recipe_of(track: Track, runs: Path) -> dict[str, Any]:
+    """What all methods of a track have in common."""
+    teacher = teacher_of(track, runs)
     recipe = filled(track.recipe, teacher)
     recipe["teacher"] = {"model": f"run:{teacher}"}
-    recipe["teacher_cache"] = {**recipe["teacher_cache"], "path": str(runs / "cache")}
-    plain = [{"loss": "kd", "weight": 0.7, "temperature": 4.0}, {"loss": "cross_entropy", "weight": 0.3}]
-    limbeck("distill", written(runs / "plain.yaml", {**recipe, "objective": plain}, quick), "--seeds", len(SEEDS), "--out", runs / "plain")
-    result: dict[str, Any] = {
-        "track": name,
-        "title": track.title,
-        "machine": measuring.machine(),
-        "recipe": shown(track.recipe),
-        **first(runs / "plain"),
-        "methods": {},
-    }
-    methods = {k: v for k, v in methods_of(track).items() if only is None or k in only}
-    for label, method in methods.items():
-        result["methods"][label] = outcome(runs, label, method, recipe, quick)
-        keep(name, result, quick)
-    floor = {k: v for k, v in recipe.items() if k not in ("teacher", "teacher_cache")} | {"objective": [{"loss": "cross_entropy"}]}
-    for label, method in methods.items():
-        chosen = {**recipe, "objective": weighted(method, result["methods"][label]["weight"])}
-        if quick:
-            continue
-        result["methods"][label]["step"] = step_time(runs / "time", chosen, floor, track.timed)
-        keep(name, result, quick)
+    recipe["teacher_cache"] = {**recipe["teacher_cache"], "path": str(runs.parent / "cache")}
+    return dict(recipe)
 
 
 def outcome(runs: Path, label: str, method: Method, recipe: dict[str, Any], quick: bool) -> dict[str, Any]:
@@ -106,6 +149,12 @@ def outcome(runs: Path, label: str, method: Method, recipe: dict[str, Any], quic
     }
 
 
+def beginning(runs: Path, plain: Path) -> dict[str, Any]:
+    """Teacher, baseline and plain kd."""
+    limbeck("distill", plain, "--seeds", len(SEEDS), "--out", runs / "plain")
+    return first(runs / "plain")
+
+
 def first(run: Path) -> dict[str, Any]:
     """Teacher, baseline and plain kd, by seed."""
     found = [read(run / f"seed-{seed}" / "metrics.json") for seed in SEEDS]
@@ -115,6 +164,7 @@ def first(run: Path) -> dict[str, Any]:
 
 def step_time(folder: Path, recipe: dict[str, Any], floor: dict[str, Any], steps: int) -> dict[str, Any]:
     """Milliseconds of a step with and without the teacher, in turns, and their ratio."""
+    where = measuring.machine()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     quiet = {"baseline": False, "export": []}
@@ -133,7 +183,11 @@ def step_time(folder: Path, recipe: dict[str, Any], floor: dict[str, Any], steps
     finally:
         for side in sides:
             side.close()
-    return {**measuring.ratio(seconds["method"], seconds["floor"]), "floor_ms": 1000 * measuring.median(seconds["floor"]) / steps}
+    return {
+        **measuring.ratio(seconds["method"], seconds["floor"]),
+        "floor_ms": 1000 * measuring.median(seconds["floor"]) / steps,
+        "machine": where,
+    }
 
 
 def weighted(method: Method, weight: float) -> list[dict[str, Any]]:
@@ -154,17 +208,18 @@ def written(path: Path, recipe: Any, quick: bool) -> Path:
     whole = {**filled(recipe), "export": []}
     if quick:
         whole["train"] = {**whole["train"], "epochs": 1}
-        whole["data"] = {**whole["data"], "train_limit": 400}
+        few = {"labelled_limit": 100} if "labelled_limit" in whole["data"] else {}
+        whole["data"] = {**whole["data"], "train_limit": 400, **few}
     path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
     return path
 
 
-def limbeck(*arguments: Any) -> None:
+def limbeck(*arguments: Any, resume: bool = True) -> None:
     """A command that goes on where it was stopped."""
-    command = [sys.executable, "-m", "limbeck", *map(str, arguments), "--resume"]
+    command = [sys.executable, "-m", "limbeck", *map(str, arguments), *["--resume"] * resume]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, check=False)
     if done.returncode:
-        sys.exit(f"limbeck {' '.join(map(str, arguments))} left with {done.returncode}.")
+        raise RuntimeError(f"limbeck {' '.join(map(str, arguments))} left with {done.returncode}.")
 
 
 def keep(name: str, result: dict[str, Any], quick: bool) -> None:

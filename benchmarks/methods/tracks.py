@@ -33,10 +33,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Track:
-    """``teacher``: the recipe that trains it. ``needs``: what fetch.py fetches. ``layers``: by kind of loss, the layers of (student, teacher) that
-    it compares. timed: the steps that are timed at once."""
+    """``pair``: tracks that have it in common have one teacher; ``teacher``: the recipe that trains it. ``needs``: what fetch.py fetches.
+    ``layers``: by kind of loss, the layers of (student, teacher) that it compares. timed: the steps that are timed at once."""
 
     title: str
+    pair: str
     needs: tuple[str, ...]
     teacher: Mapping[str, Any]
     recipe: Mapping[str, Any]
@@ -177,6 +178,7 @@ _TEXT_METHODS = (
 TRACKS: dict[str, Track] = {
     "cifar10": Track(
         "CIFAR-10, 10,000 images, all of them labelled: a CNN of 2.0 M parameters into one of 0.1 M",
+        "cifar10",
         ("cifar10",),
         _CIFAR_TEACHER,
         _IMAGES,
@@ -185,6 +187,7 @@ TRACKS: dict[str, Track] = {
     ),
     "cifar10-tenth": Track(
         "CIFAR-10, 10,000 images, a tenth of them labelled: the same pair",
+        "cifar10",
         ("cifar10",),
         _CIFAR_TEACHER,
         {**_IMAGES, "data": {**_IMAGES["data"], "labelled_limit": 1000}},  # type: ignore[dict-item]
@@ -193,6 +196,7 @@ TRACKS: dict[str, Track] = {
     ),
     "r52": Track(
         "Reuters R52, 2,000 texts in 52 classes: MiniLM-L6, fine-tuned on 5,869, into two of its layers",
+        "r52",
         ("r52", "minilm"),
         _text_teacher("r52", 4),
         _text("r52", 2, train_limit=2000),
@@ -202,6 +206,7 @@ TRACKS: dict[str, Track] = {
     ),
     "20newsgroups": Track(
         "20 Newsgroups, 2,000 texts in 20 classes: MiniLM-L6, fine-tuned on all, into two of its layers",
+        "20newsgroups",
         ("20newsgroups", "minilm"),
         _text_teacher("20newsgroups", 3),
         _text("20newsgroups", 2, train_limit=2000),

@@ -86,6 +86,7 @@ def machine() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "matmul_gflops": {"float32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)},
         "load": os.getloadavg()[0],
     }

@@ -38,6 +38,11 @@ class Turn:
         self._say({"ready": True})
         self._wait()
 
+    @property
+    def last(self) -> bool:
+        """Whether the next step ends a turn."""
+        return (self._done + 1) % self._steps == 0
+
     def step(self) -> None:
         """A step is done. At the end of a turn: say so, and wait."""
         self._done += 1

@@ -9,6 +9,7 @@ from typing import Any
 
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._begin import Begun, Job, agree, begin, job_of, jobs_of
+from limbeck._exact import exact
 from limbeck._folder import Stop
 from limbeck.cache import read_manifest, tidy, write_ids
 from limbeck.data import load_data
@@ -86,7 +87,7 @@ def _filled(job: Job, begun: Begun, progress: Progress, dry_run: bool) -> dict[s
             batch = begun.parts.first_batch(job.recipe, with_teacher=True, ask=True)
             return engine_of_teacher(job.recipe, model, batch, begun.device)
 
-        with stop.listening():
+        with stop.listening(), exact(begun.device, job.recipe.train.deterministic, progress.say):
             keep_answers(
                 answers,
                 begun.found,

@@ -264,6 +264,9 @@ class Train(Section):
     log_every: Count = 10
     """Steps."""
     device: Device = "auto"
+    deterministic: bool | Literal["auto"] = "auto"
+    """On CUDA. auto: kernels that give the same bits each time, wherever PyTorch has them; true: an operation that has none is refused; false: the
+    fastest kernels."""
 
 
 class TeacherCache(Section):

@@ -19,6 +19,7 @@ import torch
 from limbeck._asking import VERIFIED, engine_of_teacher, keep_answers
 from limbeck._begin import Begun, Job, agree, begin, job_of, jobs_of, keep, summary
 from limbeck._choices import explicit, resolved, snapshot
+from limbeck._exact import exact
 from limbeck._folder import (
     Stop,
     already,
@@ -152,7 +153,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
     resumed: dict[str, list[int]] = {}
     loaded = [one.model.module for one in begun.taught if one.model is not None]
     meter = Meter(*loaded) if loaded else None
-    with stop.listening(), own_folder(job.out, job.resume and recorded is not None) if ranks.main else nullcontext():
+    folder = own_folder(job.out, job.resume and recorded is not None) if ranks.main else nullcontext()
+    with stop.listening(), folder, exact(begun.device, recipe.train.deterministic, progress.say):
         cost = Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
         if recorded is None and ranks.main:
             # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
@@ -219,6 +221,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                 **why,
                 "workers": {"value": workers, "reason": reason},
                 "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
+                **({"deterministic": {"value": recipe.train.deterministic, "reason": "given in the recipe"}} if device == "cuda" else {}),
                 **_blocks(begun.student, recipe),
             }
             environment = {

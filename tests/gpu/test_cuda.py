@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from running import lines, make_folder, read, recipe, run, start
+from running import limbeck, lines, make_folder, read, recipe, run, start
 
 DEVICES = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES, reason="needs a CUDA device")]
@@ -179,16 +179,26 @@ def test_a_step_reads_nothing_back(precision: str, teacher: str, tmp_path: Path,
 
 
 def test_batches_come_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import limbeck._roles as roles
     from limbeck.engine import Engine
 
     seen: list[bool] = []
-    real = Engine.send
+    inside: list[bool] = []
+    send_, fit_ = Engine.send, roles.fit
+
+    def fit(*given: Any, **named: Any) -> Any:
+        inside.append(True)
+        try:
+            return fit_(*given, **named)
+        finally:
+            inside.pop()
 
     def send(self: Engine, batch: Any) -> Any:
-        if torch.is_grad_enabled():  # in the loop
+        if inside and torch.is_grad_enabled():  # a batch of the loop, and not one of a validation
             seen.append(all(v.is_pinned() for v in batch.student.values()))
-        return real(self, batch)
+        return send_(self, batch)
 
+    monkeypatch.setattr(roles, "fit", fit)
     monkeypatch.setattr(Engine, "send", send)
     run("distill", recipe(make_folder(tmp_path)), out=tmp_path / "run")
     assert read(tmp_path / "run/environment.json")["choices"]["pin_memory"]["value"]
@@ -251,9 +261,60 @@ def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
         assert all((a[k] == b[k]).all() for k in a)
 
 
-def test_blocks_that_are_computed_again_end_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ORDERED = """
+
+class Seeing(nn.Module):
+    \"\"\"Convolutions wide enough for kernels that add up in any order, and attention with a mask, whose backward pass does too.\"\"\"
+
+    def __init__(self, num_classes, bins):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+        self.bins, self.mixed, self.head = bins, nn.Linear(64, 192), nn.Linear(64 * bins * bins, num_classes)
+
+    def forward(self, x):
+        x = self.body(x)
+        q, k, v = self.mixed(x.flatten(2).mT).unflatten(2, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+        seen = torch.ones(q.shape[0], 1, q.shape[2], q.shape[2], dtype=torch.bool, device=x.device).tril()
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v, seen).mT.flatten(1, 2).unflatten(2, x.shape[2:])
+        pooled = nn.functional.avg_pool2d(x, 4) if self.bins == 2 else nn.functional.adaptive_avg_pool2d(x, self.bins)
+        return self.head(pooled.flatten(1))
+
+
+def seeing(num_classes=3, bins=2):
+    return Seeing(num_classes, bins)
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("wanted", ["auto", True])
+def test_a_run_again_ends_in_the_same_bytes(wanted: Any, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With true whatever it is made of; with auto too, unless it is said that an operation has no ordered kernel."""
+    folder = make_folder(tmp_path, train=192)
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + ORDERED)
+    train = {"precision": precision, "deterministic": wanted, "epochs": 4, "batch_size": 64, "lr": 0.001}
+    path = recipe(folder, student={"model": "python:nets.py:seeing"}, train=train, baseline=False)
+    for name in ("one", "two"):
+        run("distill", path, out=tmp_path / name)
+    same = distance(tmp_path / "one/student", tmp_path / "two/student") == 0
+    told = "can differ in the last bits" in capsys.readouterr().err
+    assert same or (wanted == "auto" and told)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_that_has_no_ordered_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adaptive pooling: with auto it is named and the run goes on, true refuses it, false says nothing."""
+    folder = make_folder(tmp_path)
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + ORDERED)
+    for wanted, code, said in (("auto", 0, True), (True, 2, True), (False, 0, False)):
+        student = {"model": "python:nets.py:seeing", "options": {"bins": 3}}
+        path = recipe(folder, f"{wanted}.yaml", student=student, train={"deterministic": wanted, "epochs": 1, "lr": 0.001}, baseline=False)
+        capsys.readouterr()
+        assert limbeck("distill", path, "--out", tmp_path / str(wanted)) == code
+        assert ("adaptive_avg_pool2d" in capsys.readouterr().err) is said
+
+
+def test_blocks_that_are_computed_again_end_in_the_same_bytes(tmp_path: Path) -> None:
     """Dropout is drawn on the device, from the state of its generator in the first pass. fp16 as well, whose scaler sees the same gradient."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     folder = make_folder(tmp_path)
     for precision in ("float32", "bf16", "fp16"):
         found = {}
@@ -275,7 +336,7 @@ def test_an_automatic_cut_fits_where_the_whole_step_does_not(tmp_path: Path, mon
         "\n\ndef wide(num_classes=3):\n    parts = [nn.Linear(64, 4096), *[nn.Tanh() for _ in range(400)], nn.Linear(4096, num_classes)]\n"
     )
     (folder / "nets.py").write_text((folder / "nets.py").read_text() + wide + "    return nn.Sequential(nn.Flatten(), *parts)\n")
-    train = {"accumulate": "auto", "batch_size": 48, "precision": "float32", "epochs": 1}
+    train = {"accumulate": "auto", "batch_size": 48, "precision": "float32", "epochs": 1, "optimizer": "sgd"}  # Adam's first step is a sign
     path = recipe(folder, student={"model": "python:nets.py:wide"}, train=train, baseline=False)
     run("distill", path, out=tmp_path / "whole")
     whole = read(tmp_path / "whole/environment.json")["choices"]["accumulate"]

@@ -140,6 +140,8 @@ def test_ranks_that_share_a_cuda_device_are_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(dist, "init_process_group", made)
     monkeypatch.setattr("limbeck.ranks.meet", lambda *_: "name")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(KeyboardInterrupt), joined():
         pass
     assert found == ["cpu:gloo"]
@@ -177,7 +179,9 @@ def test_whatever_is_said_of_a_silent_rank_it_is_taken_for_lost(tmp_path: Path) 
     command = [sys.executable, "-c", _SILENT, str(tmp_path / "store")]
     silent = subprocess.Popen([*command, "1"])
     try:
-        said = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+        done = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.splitlines()
     finally:
         silent.kill()
         silent.wait()

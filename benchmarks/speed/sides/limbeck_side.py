@@ -66,6 +66,8 @@ def main() -> None:
             feed = replace(feed, builder=Padded(feed.builder, config["recipe"]["data"]["max_length"]))
 
         def stop() -> bool:
+            if torch.cuda.is_available() and turn.last:
+                torch.cuda.synchronize()  # what this turn has only queued is part of it
             turn.step()
             return False
 

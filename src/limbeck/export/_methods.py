@@ -68,7 +68,9 @@ class Method(Protocol):
 def prepared(path: Path, out: Path) -> None:
     """The same network with constants and batch normalisation folded, shapes inferred, and a name of its own for every node."""
     import onnx
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with _same_path():
+        from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # Symbolic shapes are left out: where they fail, which they often do, the tool leaves files in the working directory.
     for less in ({}, {"skip_optimization": True}):
@@ -180,7 +182,8 @@ class Static(_Integer):
         self.candidates = tuple(n.name for n in onnx.load(str(path), load_external_data=False).graph.node if n.op_type in _ROUNDING)
 
     def write(self, left: Set[str], out: Path) -> None:
-        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+        with _same_path():
+            from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
         more: dict[str, Any] = {}
         if "calibration_cache_path" in inspect.signature(quantize_static).parameters:  # ONNX Runtime 1.24 or so: measured once
@@ -223,7 +226,8 @@ class Dynamic(_Integer):
         self.candidates = tuple(n.name for n in model.graph.node if n.op_type in weighted and n.input[weighted[n.op_type]] in tables)
 
     def write(self, left: Set[str], out: Path) -> None:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+        with _same_path():
+            from onnxruntime.quantization import QuantType, quantize_dynamic
 
         quantize_dynamic(
             str(self.path),
@@ -258,9 +262,12 @@ class Half:
 
     def write(self, left: Set[str], out: Path) -> None:
         import onnx
-        from onnxruntime.quantization.onnx_model import ONNXModel
 
-        source, convert = onnx.load(str(self.path)), _float16_converter()
+        with _same_path():
+            from onnxruntime.quantization.onnx_model import ONNXModel
+            from onnxruntime.transformers.float16 import convert_float_to_float16 as convert
+
+        source = onnx.load(str(self.path))
         own = {node.name for node in source.graph.node}
         made = ONNXModel(convert(source, keep_io_types=True, node_block_list=sorted(left)))
         _join(made.model.graph, own)
@@ -297,14 +304,15 @@ def _join(graph: Any, own: Set[str]) -> None:
         used = {name for node in graph.node for name in node.input} | outputs
 
 
-def _float16_converter() -> Any:
-    """ONNX Runtime's; its package adds a folder with names such as ``models`` to the search path, which is put back."""
+@contextlib.contextmanager
+def _same_path() -> Iterator[None]:
+    """ONNX Runtime's ``transformers`` package, which some of its quantisation imports, adds a folder with names such as ``models`` to the search
+    path; it is put back."""
     before = list(sys.path)
     try:
-        from onnxruntime.transformers.float16 import convert_float_to_float16
+        yield
     finally:
         sys.path[:] = before
-    return convert_float_to_float16
 
 
 def _largest_values(model: Any, batches: Sequence[Feeds]) -> dict[str, float]:
