@@ -73,9 +73,8 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"## {result['title']}",
         "",
-        f"`python benchmarks/methods {result['track']}`; seeds {', '.join(map(str, result['seeds']))}; {result['machine']['cpu']}, "
-        f"{result['machine']['threads']} thread{'s' * (result['machine']['threads'] != 1)}, torch {result['machine']['torch']}. "
-        "Mean and standard deviation over seeds; the time of a step is relative to the same student without a teacher, measured in turns.",
+        f"`python benchmarks/methods {result['track']}`; seeds {', '.join(map(str, result['seeds']))}; {machine(result['machine'])}. "
+        f"Mean and standard deviation over seeds.{timed(result)}",
         "",
         "| method | weight, of those tried | test accuracy | gap closed | over plain, points | time a step |",
         "|---|---|---|---|---|---|",
@@ -93,6 +92,18 @@ def table(result: dict[str, Any]) -> list[str]:
             f"| {difference:+.2f} ± {error:.2f} | {time} |"
         )
     return [*lines, ""]
+
+
+def machine(facts: dict[str, Any]) -> str:
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    return f"{facts.get('gpu') or facts['cpu'] + ', ' + threads}, torch {facts['torch']}"
+
+
+def timed(result: dict[str, Any]) -> str:
+    """On which machine steps were timed, where they were."""
+    where = {machine(m["step"].get("machine", result["machine"])) for m in result["methods"].values() if "step" in m}
+    told = "" if where <= {machine(result["machine"])} else f" ({'; '.join(sorted(where))})"
+    return f" The time of a step{told} is relative to the same student without a teacher, measured in turns." if where else ""
 
 
 def spread(values: list[float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,15 @@ def test_every_term_can_be_read(tracks: Any) -> None:
 def test_the_page_is_what_the_results_say() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/methods"), "--page", "--check"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_what_8_bits_are_worth_is_what_the_results_say() -> None:
+    """And no file there lost more than half a point on validation, which is what `--max-drop` allows by itself."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/shrink.py"), "--table", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks/results").glob("shrink-*.json")]
+    assert {one["name"] for one in found} == {"cifar10", "r8"}
+    for one in found:
+        assert 100 * (one["sides"]["onnx"]["accuracy"] - one["sides"]["int8"]["accuracy"]) <= 0.5
