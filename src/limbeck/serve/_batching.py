@@ -21,6 +21,9 @@ __all__ = ["Answer", "Batcher", "Busy"]
 INLINE = 0.002
 """Seconds: a batch that is expected to take less runs where it is; the way to a thread and back would cost it more than it holds up others."""
 
+ALONE = 0.010
+"""Seconds: the same for a request that comes alone, where all who could be held up are those who come after it and would wait for the model anyway."""
+
 
 class Busy(Exception):
     """The queue is full, or a request waited too long in it; come again in ``retry_after`` seconds."""
@@ -184,7 +187,7 @@ class Batcher:
             return self.model.run(arrays)
 
         rows = sum(item.rows for item in batch)
-        if 0 < rows * self._pace < INLINE:
+        if 0 < rows * self._pace < (INLINE if len(batch) > 1 or self._waiting else ALONE):
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
