@@ -77,6 +77,8 @@ SERVE = ("unit/test_serve.py",)
 RECOMPUTE = ("unit/test_recompute.py",)
 MEMORY = ("unit/test_memory.py",)
 LOAD = ("unit/test_data_load.py",)
+BALANCE = ("unit/test_balance.py",)
+EXACT = ("unit/test_exact.py",)
 
 MUTANTS = (
     # --- bad files and full disks
@@ -324,6 +326,19 @@ MUTANTS = (
     Mutant(
         "class-weights-not-balanced", "objective.py", "counts.sum() / (occurring * counts.clamp(min=1))", "1.0 * (counts > 0)", OBJECTIVE
     ),
+    Mutant(
+        "balance-averages-the-first-gradient",
+        "objective.py",
+        "before == 1, ratio, before**KEPT",
+        "before == 0, ratio, before**KEPT",
+        BALANCE,
+    ),
+    Mutant("lone-request-goes-to-the-thread", "serve/_batching.py", "self._waiting else ALONE", "self._waiting else INLINE", SERVE),
+    # --- the same bits on CUDA
+    Mutant("ordered-kernels-not-asked-for", "_exact.py", "cudnn.benchmark = True, False", "cudnn.benchmark = False, False", EXACT),
+    Mutant("unordered-operation-not-refused", "_exact.py", 'warn_only=wanted == "auto"', "warn_only=True", EXACT),
+    Mutant("word-on-an-unordered-operation-hidden", "_exact.py", 'filterwarnings("always"', 'filterwarnings("ignore"', EXACT),
+    Mutant("ordered-kernels-for-ever", "_exact.py", "torch.use_deterministic_algorithms(False)", "pass", EXACT),
     # --- the teacher
     Mutant("teacher-in-train-mode", "teacher.py", "self.model.module.eval()", "self.model.module.train()", (*LOOP, *TEACHER)),
     Mutant("class-map-not-applied", "teacher.py", "logits = logits.index_select(-1, self._columns)", "pass", TEACHER),

@@ -156,6 +156,16 @@ def test_a_term_without_gradient_keeps_its_weight() -> None:
     assert objective.weights(0.0)["hint"] == pytest.approx(16**0.7)
 
 
+def test_the_first_gradient_that_is_not_zero_decides() -> None:
+    """Nothing was measured before it that it could be averaged with."""
+    objective = built([CE, HINT])
+    objective.rebalance(0, torch.tensor(0.0), first=True)
+    objective.rebalance(0, torch.tensor(16.0), first=False)
+    assert objective.weights(0.0)["hint"] == pytest.approx(16)
+    objective.rebalance(0, torch.tensor(1.0), first=False)
+    assert objective.weights(0.0)["hint"] == pytest.approx(16**0.7)
+
+
 def test_something_must_have_a_number() -> None:
     [problem] = check_terms([HINT])
     assert problem.where == "objective.0.weight"

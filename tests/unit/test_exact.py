@@ -33,7 +33,7 @@ def before(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[bool, ...]]:
     assert state() == found
 
 
-def test_auto_names_an_operation_once_and_goes_on() -> None:
+def test_auto_names_an_operation_once_and_goes_on(before: tuple[bool, ...]) -> None:
     """Also where warnings are ignored, as these tests and many programs do with torch's."""
     said: list[str] = []
     warnings.simplefilter("ignore")
@@ -42,6 +42,7 @@ def test_auto_names_an_operation_once_and_goes_on() -> None:
         for _ in range(2):
             unordered()
             torch.zeros(3).put_(torch.tensor([1]), torch.tensor([1.0]))
+    assert state() == before
     assert len(said) == 1
     assert said[0].startswith("put_ has no deterministic kernel on CUDA: two runs of this recipe can differ in the last bits")
 

@@ -569,6 +569,31 @@ def test_what_comes_while_a_batch_runs_runs_together_and_each_gets_its_own() -> 
     assert [answer.batch for answer in found] == [1, 4, 4, 4, 1]
 
 
+@pytest.mark.parametrize(("pace", "alone", "together"), [(0.001, True, True), (0.004, True, False), (0.02, False, False)])
+def test_a_request_alone_runs_in_the_loop_for_longer_than_several_do(pace: float, alone: bool, together: bool) -> None:
+    """The way to a thread and back costs more than it holds up. pace: seconds that a row is expected to take."""
+    where: list[bool] = []
+
+    class Asked(Slow):
+        def run(self, arrays: dict[str, Any]) -> Any:
+            where.append(threading.current_thread() is threading.main_thread())
+            return super().run(arrays)
+
+    async def ask() -> None:
+        model = Asked()
+        model.go.set()
+        batcher = made(model)
+        await batcher(rows(0))  # how long a row takes is not known yet: in the thread
+        batcher._pace = pace
+        await batcher(rows(1))
+        batcher._pace = pace / 2
+        await asyncio.gather(batcher(rows(2)), batcher(rows(3)))
+        await batcher.close()
+
+    asyncio.run(ask())
+    assert where == [False, alone, together]
+
+
 def test_shapes_that_differ_do_not_share_a_batch() -> None:
     model = Slow()
     wide = {"x": np.ones((1, 5))}

@@ -22,7 +22,7 @@ INLINE = 0.002
 """Seconds: a batch that is expected to take less runs where it is; the way to a thread and back would cost it more than it holds up others."""
 
 ALONE = 0.010
-"""Seconds: the same for a request that comes alone, where all who could be held up are those who come after it and would wait for the model anyway."""
+"""Seconds: the same for a request that comes alone: whoever comes after it would wait for the model anyway."""
 
 
 class Busy(Exception):
