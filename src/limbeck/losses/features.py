@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError
 from limbeck.losses._seam import Layer, Path, of_samples, raised, shaped
-from limbeck.losses._shared import unit
+from limbeck.losses._shared import averaged, unit
 
 __all__ = ["ConvReg", "Correlation", "Cosine", "Hint"]
 
@@ -95,12 +95,12 @@ class Hint(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(N, ...) features of the N items, of which the teacher's get no gradient -> (N,), the mean over each item's elements."""
-        teacher = raised(teacher).detach()
-        student = self.projection(raised(student))
-        if self.pooled and student.shape[2:] != teacher.shape[2:]:
+        student, teacher = raised(student), raised(teacher).detach()
+        if self.pooled:  # before the projection of each pixel, with which it changes places and which then has fewer pixels
             size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-            student, teacher = F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
-        return (student - teacher).square().flatten(1).mean(1)
+            student, teacher = averaged(student, size), averaged(teacher, size)
+        student = self.projection(student)
+        return (student.contiguous() - teacher.contiguous()).square().flatten(1).mean(1)
 
 
 def _fits(projector: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> bool:

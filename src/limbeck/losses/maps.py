@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError
 from limbeck.losses._seam import Layer, Path, Shape, of_maps, raised, shaped
-from limbeck.losses._shared import unit
+from limbeck.losses._shared import averaged, unit
 
 __all__ = ["Ofd", "Review", "Vid", "attention_transfer", "hcl", "nst", "partial_l2", "pooled"]
 
@@ -20,7 +20,7 @@ __all__ = ["Ofd", "Review", "Vid", "attention_transfer", "hcl", "nst", "partial_
 def pooled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps (N, Ch, H, W), the larger averaged down to the size of the smaller."""
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))  # type: ignore[return-value]
+    return averaged(student, size), averaged(teacher, size)
 
 
 def attention_transfer(
@@ -90,7 +90,7 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
     for size in (4, 2, 1):
         if size < student.shape[2]:
             weight /= 2
-            apart = F.adaptive_avg_pool2d(student, size) - F.adaptive_avg_pool2d(teacher, size)
+            apart = averaged(student, (size, size)) - averaged(teacher, (size, size))
             total, weights = total + weight * apart.square().flatten(1).mean(1), weights + weight
     return total / weights
 
