@@ -2,8 +2,8 @@
 
     python benchmarks/cuda.py [--quick]
 
-ResNet-50 into ResNet-18 (torchvision, random weights) on noise of 64x64 in bf16, 256 images a step. Four processes take turns (A B C D D C B A ...);
-the time is that of whole steps: batches, the host's work and the device's. Writes benchmarks/results/cuda.json.
+ResNet-50 into ResNet-18 (torchvision, random weights) on noise of 64x64 in bf16, 256 images a step. Four processes take turns (A B C D, B C D A
+...); the time is that of whole steps: batches, the host's work and the device's. Writes benchmarks/results/cuda.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from speed import measuring
 from speed.turns import Side
 
-PAIRS, STEPS, BATCH, ROWS, CLASSES = 7, 32, 256, 4096, 100
+PAIRS, STEPS, BATCH, ROWS, CLASSES = 8, 32, 256, 4096, 100
 NAMES = {
     "floor": "no teacher",
     "fastest": "no teacher, deterministic: false",
@@ -86,7 +86,8 @@ def main() -> None:
         seconds: dict[str, list[float]] = {side.name: [] for side in sides}
         try:
             for number in range(1 + pairs):
-                for side in sides if number % 2 == 0 else reversed(sides):
+                turned = sides[number % len(sides) :] + sides[: number % len(sides)]  # each in each place, behind each
+                for side in turned if number // len(sides) % 2 == 0 else reversed(turned):
                     taken = side.turn()
                     if number:
                         seconds[side.name].append(taken)

@@ -50,6 +50,7 @@ def main() -> None:
         "ms": {side: 1000 * measuring.median(s) / SAMPLES for side, s in seconds.items()},
         "faster": {side: measuring.ratio(seconds["teacher"], seconds[side]) for side in ("student", "onnx", "int8")},
         "int8_over_onnx": measuring.ratio(seconds["onnx"], seconds["int8"]),
+        "drop": json.loads((run / "export/onnx-int8/manifest.json").read_text())["body"]["quantization"]["drop"],
         "quantization": json.loads((run / "export/onnx-int8/manifest.json").read_text())["body"]["about"],
     }
     (RESULTS / f"shrink-{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -333,7 +333,7 @@ MUTANTS = (
         "before == 0, ratio, before**KEPT",
         BALANCE,
     ),
-    Mutant("lone-request-goes-to-the-thread", "serve/_batching.py", "self._waiting else ALONE", "self._waiting else INLINE", SERVE),
+    Mutant("lone-request-goes-to-the-thread", "serve/_batching.py", "self._waiting else ALONE)", "self._waiting else INLINE)", SERVE),
     # --- the same bits on CUDA
     Mutant("ordered-kernels-not-asked-for", "_exact.py", "cudnn.benchmark = True, False", "cudnn.benchmark = False, False", EXACT),
     Mutant("unordered-operation-not-refused", "_exact.py", 'warn_only=wanted == "auto"', "warn_only=True", EXACT),

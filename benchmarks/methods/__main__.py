@@ -53,7 +53,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="an epoch of 400 rows, to try the script; nothing is kept under results")
     asked = parser.parse_args()
     if asked.page:
-        sys.exit(page.main(ROOT, RESULTS, check=asked.check))
+        sys.exit(page.main(ROOT, RESULTS, {name: list(methods_of(track)) for name, track in TRACKS.items()}, check=asked.check))
+    if asked.jobs < 1:
+        parser.error("--jobs: at least 1")
+    if asked.time and (asked.quick or asked.jobs > 1):
+        parser.error("--time measures one method after the other, of results that are kept: without --jobs and --quick")
     for name in asked.tracks:
         if not asked.time:
             train_track(name, TRACKS[name], asked.only, asked.jobs, asked.quick)
@@ -94,9 +98,28 @@ def train_track(name: str, track: Track, only: list[str] | None, jobs: int, quic
             raise
 
 
+def joined(result: dict[str, Any], methods: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The result with these methods, and with those that the file has beside the same teacher, baseline and plain kd; times of steps stay."""
+    before = read(path) if path.is_file() else None
+    if before is None or any(before[key] != result[key] for key in ("recipe", "teacher", "baseline", "plain")):
+        if before is not None and set(before["methods"]) - set(methods):
+            aside = path.with_name(f"{path.stem}-before.json")
+            path.replace(aside)  # another teacher, or another machine: what is there is not mixed with this, and not lost
+            print(f"{path.name} has other figures of teacher, baseline or plain kd; it is {aside.name} now.")
+        return {**result, "methods": methods}
+    old = before["methods"]
+    for label, own in methods.items():
+        if "step" in old.get(label, {}) and old[label]["weight"] == own["weight"]:
+            own["step"] = old[label]["step"]
+    return {**result, "machine": before["machine"], "methods": {**old, **methods}}
+
+
 def time_track(name: str, track: Track, only: list[str] | None) -> None:
     """The time of a step of each method, in turns with a student that has no teacher."""
-    runs, result = runs_of(name), read(RESULTS / f"{name}.json")
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"There is no {path.name} whose methods could be timed: run python benchmarks/methods {name} first.")
+    runs, result = runs_of(name), read(path)
     recipe = recipe_of(track, runs)
     floor = {k: v for k, v in recipe.items() if k not in ("teacher", "teacher_cache")} | {"objective": [{"loss": "cross_entropy"}]}
     for label, method in methods_of(track).items():

@@ -22,16 +22,27 @@ many comparisons one in twenty is told apart by chance. Methods that did not hel
 """
 
 
-def main(root: Path, results: Path, *, check: bool = False) -> str | None:
-    """Write the page, or say that it is not what the results say."""
+def main(root: Path, results: Path, methods: dict[str, list[str]], *, check: bool = False) -> str | None:
+    """Write the page, or say that it is not what the results say. methods: of each track, measured or not."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
-    text = "\n".join([HEAD, *which(found), *[line for result in found for line in table(result)]])
+    text = "\n".join([HEAD, *which(found), *[line for result in found for line in table(result)], *missing(found, methods)])
     target = root / "docs/methods.md"
     if check:
         same = target.is_file() and target.read_text(encoding="utf-8") == text
         return None if same else "docs/methods.md is not what the results say: run python benchmarks/methods --page"
     target.write_text(text, encoding="utf-8")
     return None
+
+
+def missing(found: list[dict[str, Any]], methods: dict[str, list[str]]) -> list[str]:
+    """What is still to be run, by track."""
+    lines = []
+    for track, names in methods.items():
+        there = {name for result in found if result["track"] == track for name in result["methods"]}
+        left = [name for name in names if name not in there]
+        if left:
+            lines.append(f"- `{track}`: {', '.join(left) if there else 'all of it'}")
+    return ["## Not measured yet", "", *lines, ""] if lines else []
 
 
 def over(result: dict[str, Any], accuracy: list[float], against: str = "plain") -> tuple[float, float]:

@@ -360,6 +360,8 @@ def _training(data: Given, value: Any) -> Iterable[Problem]:
     device, precision = value("train.device"), value("train.precision")
     if "auto" in (accumulate, batch) and device == "mps":
         yield Problem("train.accumulate", "auto is for the devices cpu and cuda, and train.device is mps.", "Give a number.")
+    if value("train.deterministic") is True and device == "mps":
+        yield Problem("train.deterministic", "true is for the devices cpu and cuda, and train.device is mps.", "Leave it out.")
     if not isinstance(device, str):
         return
     own = [(f"{where}.precision", look(data, f"{where}.precision")) for where, _ in paths.teachers_of(data)]

@@ -87,7 +87,7 @@ def _filled(job: Job, begun: Begun, progress: Progress, dry_run: bool) -> dict[s
             batch = begun.parts.first_batch(job.recipe, with_teacher=True, ask=True)
             return engine_of_teacher(job.recipe, model, batch, begun.device)
 
-        with stop.listening(), exact(begun.device, job.recipe.train.deterministic, progress.say):
+        with stop.listening(), exact([begun.teacher_device], job.recipe.train.deterministic, progress.say):
             keep_answers(
                 answers,
                 begun.found,

@@ -146,15 +146,17 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
         begun.notes.append(gathered if begun.objective.relational else own)
     for note in [*begun.notes, summary(data, begun)]:
         progress.say(note)
+    devices = {begun.device, *(one.teacher_device for one in begun.taught)}
     if dry_run:
-        return make_plan(job, begun, recorded[0] if recorded is not None and "choices" in recorded[1] else recipe, progress)
+        with exact(devices, recipe.train.deterministic, progress.say):
+            return make_plan(job, begun, recorded[0] if recorded is not None and "choices" in recorded[1] else recipe, progress)
 
     stop = Stop(ranks)
     resumed: dict[str, list[int]] = {}
     loaded = [one.model.module for one in begun.taught if one.model is not None]
     meter = Meter(*loaded) if loaded else None
     folder = own_folder(job.out, job.resume and recorded is not None) if ranks.main else nullcontext()
-    with stop.listening(), folder, exact(begun.device, recipe.train.deterministic, progress.say):
+    with stop.listening(), folder, exact(devices, recipe.train.deterministic, progress.say):
         cost = Cost(job.out / "checkpoints" / "cost.json", meter, started, ranks)
         if recorded is None and ranks.main:
             # The recipe last: it marks a run as begun, and what a resume compares (and how many seeds there are) has to be known then.
@@ -221,7 +223,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                 **why,
                 "workers": {"value": workers, "reason": reason},
                 "pin_memory": {"value": device == "cuda", "reason": f"the device is {device}"},
-                **({"deterministic": {"value": recipe.train.deterministic, "reason": "given in the recipe"}} if device == "cuda" else {}),
+                **({"deterministic": {"value": recipe.train.deterministic, "reason": "the device is cuda"}} if device == "cuda" else {}),
                 **_blocks(begun.student, recipe),
             }
             environment = {
@@ -237,6 +239,8 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                 write_json(job.out / "environment.json", environment)
         else:
             recipe = recorded[0]
+            if ranks.main and recipe.to_yaml() != (job.out / "recipe.yaml").read_text(encoding="utf-8"):
+                write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
             engine = explicit(recipe, begun.device)
             environment = {**environment, "world_size": ranks.size, "threads": torch.get_num_threads()}
         begun.parts.recipe = recipe

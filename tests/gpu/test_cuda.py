@@ -302,15 +302,16 @@ def test_a_run_again_ends_in_the_same_bytes(wanted: Any, precision: str, tmp_pat
 
 
 def test_an_operation_that_has_no_ordered_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Adaptive pooling: with auto it is named and the run goes on, true refuses it, false says nothing."""
+    """Adaptive pooling: with auto it is named and the run goes on, true ends the run, which goes on with auto; false says nothing."""
     folder = make_folder(tmp_path)
     (folder / "nets.py").write_text((folder / "nets.py").read_text() + ORDERED)
-    for wanted, code, said in (("auto", 0, True), (True, 2, True), (False, 0, False)):
+    for wanted, code, said in (("auto", 0, True), (True, 3, True), (False, 0, False)):
         student = {"model": "python:nets.py:seeing", "options": {"bins": 3}}
         path = recipe(folder, f"{wanted}.yaml", student=student, train={"deterministic": wanted, "epochs": 1, "lr": 0.001}, baseline=False)
         capsys.readouterr()
         assert limbeck("distill", path, "--out", tmp_path / str(wanted)) == code
         assert ("adaptive_avg_pool2d" in capsys.readouterr().err) is said
+    assert limbeck("distill", folder / "auto.yaml", "--out", tmp_path / "True", "--resume") == 0
 
 
 def test_blocks_that_are_computed_again_end_in_the_same_bytes(tmp_path: Path) -> None:

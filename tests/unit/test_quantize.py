@@ -166,7 +166,7 @@ def test_half_precision_holds_where_it_is_really_computed_in_half(name: str, tmp
 def test_the_converter_leaves_the_search_path_alone(tmp_path: Path) -> None:
     made = Made(*plain(), tmp_path)  # some exporters import it, and then its folder is on the path already
     before = list(sys.path)
-    for name in [n for n in sys.modules if n.startswith("onnxruntime.transformers")]:
+    for name in [n for n in sys.modules if n.startswith(("onnxruntime.transformers", "onnxruntime.quantization"))]:
         del sys.modules[name]
     made.quantize("fp16", 0.0)
     assert sys.path == before

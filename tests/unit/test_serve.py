@@ -584,14 +584,39 @@ def test_a_request_alone_runs_in_the_loop_for_longer_than_several_do(pace: float
         model.go.set()
         batcher = made(model)
         await batcher(rows(0))  # how long a row takes is not known yet: in the thread
-        batcher._pace = pace
+        batcher._cost = pace / 2  # a row has two elements
         await batcher(rows(1))
-        batcher._pace = pace / 2
+        batcher._cost = pace / 4
         await asyncio.gather(batcher(rows(2)), batcher(rows(3)))
         await batcher.close()
 
     asyncio.run(ask())
     assert where == [False, alone, together]
+
+
+def test_what_is_asked_again_after_a_refusal_does_not_hold_the_loop_up() -> None:
+    """One bad request among many would otherwise have each of them run there, one behind the other. Longer inputs are expected to take longer."""
+    where: list[bool] = []
+
+    class Asked(Slow):
+        def run(self, arrays: dict[str, Any]) -> Any:
+            where.append(threading.current_thread() is threading.main_thread())
+            return super().run(arrays)
+
+    async def ask(*inputs: dict[str, Any]) -> None:
+        model = Asked()
+        model.go.set()
+        batcher = made(model)
+        batcher._cost = 0.005 / 2  # a row has two elements
+        await asyncio.gather(*map(batcher, inputs), return_exceptions=True)
+        await batcher.close()
+
+    asyncio.run(ask(rows(1), rows(-9), rows(2)))
+    assert where == [False] * 4
+    where.clear()
+    asyncio.run(ask(rows(1)))
+    asyncio.run(ask({"x": np.ones((1, 9))}))
+    assert where == [True, False]
 
 
 def test_shapes_that_differ_do_not_share_a_batch() -> None:

@@ -22,7 +22,7 @@ INLINE = 0.002
 """Seconds: a batch that is expected to take less runs where it is; the way to a thread and back would cost it more than it holds up others."""
 
 ALONE = 0.010
-"""Seconds: the same for a request that comes alone: whoever comes after it would wait for the model anyway."""
+"""Seconds: the same for a request that comes alone: who asks this model after it would wait anyway, and others wait that long at most."""
 
 
 class Busy(Exception):
@@ -67,6 +67,7 @@ class Batcher:
         self._rows = 0
         self._last = 1  # rows of the batch before
         self._pace = 0.0  # seconds a row, a running mean
+        self._cost = 0.0  # seconds an element of the first input, likewise: texts are not all as long
         self._came = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -149,16 +150,18 @@ class Batcher:
         self._last = max(rows, 1)
         return batch
 
-    async def _answer(self, batch: list[_Waiting]) -> None:
+    async def _answer(self, batch: list[_Waiting], again: bool = False) -> None:
+        """again: the batch was refused, and each of its requests is asked about by itself, with others behind it."""
         start = time.perf_counter()
         try:
-            logits = await self._run(batch)
+            logits = await self._run(batch, INLINE if again or len(batch) > 1 or self._waiting else ALONE)
         except Refused as error:
             if len(batch) == 1:
                 _settle(batch[0], error)
             else:
                 for item in batch:
-                    await self._answer([item])
+                    await self._answer([item], again=True)
+                    await asyncio.sleep(0)  # what runs here lets others in between
             return
         except asyncio.CancelledError:
             raise
@@ -169,6 +172,8 @@ class Batcher:
         seconds = time.perf_counter() - start
         rows = sum(item.rows for item in batch)
         self._pace = seconds / rows if not self._pace else 0.9 * self._pace + 0.1 * seconds / rows
+        cost = seconds / _size(batch)
+        self._cost = cost if not self._cost else 0.9 * self._cost + 0.1 * cost
         if self.seen is not None:
             self.seen(rows, seconds)
         at = 0
@@ -177,7 +182,9 @@ class Batcher:
                 item.answer.set_result(Answer(logits[at : at + item.rows], (start - item.since) * 1000, seconds * 1000, rows))
             at += item.rows
 
-    async def _run(self, batch: list[_Waiting]) -> npt.NDArray[Any]:
+    async def _run(self, batch: list[_Waiting], inline: float) -> npt.NDArray[Any]:
+        """inline: seconds; what is expected to take less runs in the event loop."""
+
         def work() -> npt.NDArray[Any]:
             parts = [item.arrays for item in batch]
             if len(parts) > 1 and not batch[0].key[-1]:
@@ -186,10 +193,15 @@ class Batcher:
                 arrays = self.model.stack(parts)
             return self.model.run(arrays)
 
-        rows = sum(item.rows for item in batch)
-        if 0 < rows * self._pace < (INLINE if len(batch) > 1 or self._waiting else ALONE):
+        if 0 < _size(batch) * self._cost < inline:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _size(batch: list[_Waiting]) -> int:
+    """Elements of the first input, padding included."""
+    parts = [next(iter(item.arrays.values())) for item in batch]
+    return max(1, sum(map(len, parts)) * max(part.size // max(1, len(part)) for part in parts))
 
 
 def _settle(item: _Waiting, error: Exception) -> None:
