@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fake_runs
-from limbeck.report import render
+from limbeck.report import _charts, render
 from limbeck.report._charts import Bubble, bubbles
 from limbeck.report._deployment import deployment
 from limbeck.report._read import read_runs
@@ -49,6 +49,14 @@ def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
     assert {str(row[0]).removesuffix(" ●") for row in chart.table.rows if "●" in str(row[0])} == best
     assert "onnx-int8" in best
     assert "pt2" not in best
+
+
+@pytest.mark.parametrize(("seeds", "said"), [([0], False), ([0, 1, 2], True)])
+def test_models_of_several_seeds_are_means_and_files_are_not(seeds: list[int], said: bool, tmp_path: Path) -> None:
+    changes = {"export": fake_runs.deployed(0.8), "seeds": seeds}
+    chart = deployment(read_runs([fake_runs.fake_run(tmp_path / "run", items=200, changes=changes)])[0])
+    assert chart is not None
+    assert ("means over the seeds" in chart.reading) is said
 
 
 def test_areas_are_bytes() -> None:
@@ -96,3 +104,4 @@ def test_names_find_a_place_of_their_own(seed: int) -> None:
     assert len(places) == 9
     wide = 7.2 * len("onnx-int0")
     assert all(abs(a[0] - b[0]) >= wide - 1 or abs(a[1] - b[1]) >= 13 for a, b in itertools.combinations(places, 2))
+    assert min(x for x, _ in places) - wide / 2 >= _charts.LEFT  # what is written beside the axis stands to the left

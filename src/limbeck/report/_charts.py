@@ -272,7 +272,7 @@ def _named(
     def cost(number: int) -> float:
         left, top = spots[number]
         box = (left, top, left + wide, top + tall)
-        outside = max(0.0, 2 - left) + max(0.0, left + wide - width) + max(0.0, TOP - 14 - top) + max(0.0, top + tall - floor)
+        outside = max(0.0, LEFT + 8 - left) + max(0.0, left + wide - width) + max(0.0, TOP - 14 - top) + max(0.0, top + tall - floor)
         covered = sum(_shared(box, other) for other in placed) * 3
         covered += sum(_shared(box, step) for step in steps) * 2
         covered += sum(_shared(box, (a - r, b - r, a + r, b + r)) for a, b, r in rounds)

@@ -74,6 +74,8 @@ def deployment(run: Run) -> Chart | None:
         "its corners, the Pareto front. Each accuracy was measured in that runtime, on the test split. Files run on one CPU thread; models in "
         "PyTorch on as many as their run had, so look at the threads before you compare the two."
     )
+    if len(run.metrics.get("seeds") or ()) > 1:
+        reading += " Models in PyTorch are means over the seeds; files are of the seed whose student is exported."
     legend = [(runtime, style) for runtime, style in _STYLES.items() if any(c.runtime == runtime for c in found)]
     return Chart("What to deploy", svg, reading, Table(head, rows), legend if len(legend) > 1 else ())
 
