@@ -254,7 +254,7 @@ MUTANTS = (
         "",
         LOSSES,
     ),
-    Mutant("hint-not-projected", "losses/features.py", "student = self.projection(raised(student))", "student = raised(student)", LOSSES),
+    Mutant("hint-not-projected", "losses/features.py", "student = self.projection(student)", "pass", LOSSES),
     Mutant(
         "rows-of-length-1-by-l1",
         "losses/relations.py",
@@ -334,11 +334,13 @@ MUTANTS = (
         BALANCE,
     ),
     Mutant("lone-request-goes-to-the-thread", "serve/_batching.py", "self._waiting else ALONE)", "self._waiting else INLINE)", SERVE),
+    Mutant("a-refused-batch-holds-the-loop-up", "serve/_batching.py", "[item], again=True", "[item]", SERVE),
+    Mutant("long-texts-are-taken-for-short-ones", "serve/_batching.py", "0 < _size(batch) * self._cost", "0 < self._cost", SERVE),
     # --- the same bits on CUDA
     Mutant("ordered-kernels-not-asked-for", "_exact.py", "cudnn.benchmark = True, False", "cudnn.benchmark = False, False", EXACT),
     Mutant("unordered-operation-not-refused", "_exact.py", 'warn_only=wanted == "auto"', "warn_only=True", EXACT),
     Mutant("word-on-an-unordered-operation-hidden", "_exact.py", 'filterwarnings("always"', 'filterwarnings("ignore"', EXACT),
-    Mutant("ordered-kernels-for-ever", "_exact.py", "torch.use_deterministic_algorithms(False)", "pass", EXACT),
+    Mutant("ordered-kernels-for-ever", "_exact.py", "torch.use_deterministic_algorithms(enabled, warn_only=lenient)", "pass", EXACT),
     # --- the teacher
     Mutant("teacher-in-train-mode", "teacher.py", "self.model.module.eval()", "self.model.module.train()", (*LOOP, *TEACHER)),
     Mutant("class-map-not-applied", "teacher.py", "logits = logits.index_select(-1, self._columns)", "pass", TEACHER),

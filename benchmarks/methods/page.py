@@ -25,6 +25,10 @@ many comparisons one in twenty is told apart by chance. Methods that did not hel
 def main(root: Path, results: Path, methods: dict[str, list[str]], *, check: bool = False) -> str | None:
     """Write the page, or say that it is not what the results say. methods: of each track, measured or not."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    titles = [result["title"] for result in found]
+    for result in found:  # some methods of a track on another machine, with a teacher, baseline and plain kd of its own
+        if titles.count(result["title"]) > 1:
+            result["title"] += f"; on {result['machine'].get('gpu') or result['machine']['cpu']}"
     text = "\n".join([HEAD, *which(found), *[line for result in found for line in table(result)], *missing(found, methods)])
     target = root / "docs/methods.md"
     if check:
