@@ -239,7 +239,7 @@ def execute(job: Job, progress: Progress, *, dry_run: bool = False, begun: Begun
                 write_json(job.out / "environment.json", environment)
         else:
             recipe = recorded[0]
-            if ranks.main and recipe.to_yaml() != (job.out / "recipe.yaml").read_text(encoding="utf-8"):
+            if ranks.main and recipe.train.deterministic != read_recipe(job.out).train.deterministic:
                 write_atomic(job.out / "recipe.yaml", recipe.to_yaml())
             engine = explicit(recipe, begun.device)
             environment = {**environment, "world_size": ranks.size, "threads": torch.get_num_threads()}
