@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from speed import measuring
-from speed.turns import Side
+from speed.turns import Side, timed
 
 PAIRS, STEPS, BATCH, ROWS, CLASSES = 8, 32, 256, 4096, 100
 NAMES = {
@@ -83,14 +83,8 @@ def main() -> None:
         folder = Path(temporary)
         common = {"steps": steps, "out": str(folder), "work": str(folder)}
         sides = [Side(name, "limbeck_side.py", {**common, "name": name, "recipe": recipe}) for name, recipe in recipes(folder).items()]
-        seconds: dict[str, list[float]] = {side.name: [] for side in sides}
         try:
-            for number in range(1 + pairs):
-                turned = sides[number % len(sides) :] + sides[: number % len(sides)]  # each in each place, behind each
-                for side in turned if number // len(sides) % 2 == 0 else reversed(turned):
-                    taken = side.turn()
-                    if number:
-                        seconds[side.name].append(taken)
+            seconds = timed(sides, pairs)
         finally:
             for side in sides:
                 side.close()

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import page
 import yaml
 from speed import measuring
-from speed.turns import Side
+from speed.turns import Side, timed
 from tracks import TRACKS, Method, Track, methods_of
 
 HERE = Path(__file__).resolve().parent
@@ -196,13 +196,8 @@ def step_time(folder: Path, recipe: dict[str, Any], floor: dict[str, Any], steps
         Side("method", "limbeck_side.py", {**common, "name": "method", "recipe": {**recipe, **quiet}}),
         Side("floor", "limbeck_side.py", {**common, "name": "floor", "recipe": {**floor, **quiet}}),
     ]
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     try:
-        for number in range(1 + PAIRS):
-            for side in sides if number % 2 == 0 else reversed(sides):
-                taken = side.turn()
-                if number:
-                    seconds[side.name].append(taken)
+        seconds = timed(sides, PAIRS)
     finally:
         for side in sides:
             side.close()

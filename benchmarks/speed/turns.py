@@ -124,16 +124,24 @@ class Side:
         return message[what]
 
 
-def alternate(sides: Sequence[Side], pairs: int, warm: int = 1) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Seconds of each side's turns (A B B A ...; the first ``warm`` turns are left out), and what each side said at its end."""
+def timed(sides: Sequence[Side], pairs: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of each side's turns, the first ``warm`` left out. Two sides: A B B A ...; several begin one further each time, and run backwards
+    every other round, so that each comes in each place."""
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    for number in range(warm + pairs):
+        at = number % len(sides)
+        turned = [*sides[at:], *sides[:at]]
+        for side in turned if len(sides) < 3 or number // len(sides) % 2 == 0 else reversed(turned):
+            taken = side.turn()
+            if number >= warm:
+                seconds[side.name].append(taken)
+    return seconds
+
+
+def alternate(sides: Sequence[Side], pairs: int, warm: int = 1) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Seconds of each side's turns (:func:`timed`), and what each side said at its end."""
     try:
-        for number in range(warm + pairs):
-            for side in sides if number % 2 == 0 else reversed(sides):
-                taken = side.turn()
-                if number >= warm:
-                    seconds[side.name].append(taken)
-        return seconds, {side.name: side.end() for side in sides}
+        return timed(sides, pairs, warm), {side.name: side.end() for side in sides}
     finally:
         for side in sides:
             side.close()

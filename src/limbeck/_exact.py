@@ -14,9 +14,7 @@ import torch.utils.deterministic
 
 from limbeck.errors import Stopped
 
-__all__ = ["Deterministic", "exact"]
-
-Deterministic = bool | Literal["auto"]
+__all__ = ["exact"]
 
 _KEY = "train.deterministic"
 _NONE = re.compile(r"(\S.*?) does not have a deterministic implementation")
@@ -26,7 +24,7 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
-def exact(devices: Iterable[torch.device], wanted: Deterministic, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+def exact(devices: Iterable[torch.device], wanted: bool | Literal["auto"], say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Inside, two runs of the same work on one CUDA device end in the same bits, as far as ``wanted`` and PyTorch go.
 
     auto: the kernels that do so wherever PyTorch has them; ``say`` is told once of each operation that has none, and of attention, which PyTorch

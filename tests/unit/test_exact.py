@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from limbeck._exact import exact
-from limbeck.errors import Stopped
+from limbeck._folder import matches
+from limbeck.errors import Stopped, UsageError
+from limbeck.reading import build_recipe
+from limbeck.recipe import Recipe
 
 CUDA = torch.device("cuda")
 
@@ -126,3 +130,18 @@ def test_what_the_program_asked_for_itself(own: bool, wanted: Any, lenient: bool
         assert torch.is_deterministic_algorithms_warn_only_enabled() is own
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_run_may_go_on_with_another_order_of_kernels_and_with_nothing_else_changed(tmp_path: Path) -> None:
+    """Which is what a run that `true` has ended is told to do."""
+
+    def asked(**train: Any) -> Recipe:
+        student = {"model": "torchvision:resnet18"}
+        return build_recipe({"student": student, "data": "digits", "train": {"device": "cpu", "workers": 0, **train}}, command="train")
+
+    (tmp_path / "recipe.yaml").write_text(asked(deterministic=True).to_yaml(), encoding="utf-8")
+    found = matches(tmp_path, asked(deterministic="auto"), {})
+    assert found is not None
+    assert found[0].train.deterministic == "auto"
+    with pytest.raises(UsageError, match=r"train.lr"):
+        matches(tmp_path, asked(deterministic="auto", lr=0.5), {})
