@@ -7,9 +7,9 @@
     python benchmarks/methods --page [--check]        docs/methods.md from what is under benchmarks/results/methods/
 
 For each pair a teacher is trained once. A baseline and three students by kd (0.7 at T = 4, as a recipe without an objective has it) give what
-the teacher and plain distillation are worth. Each method is run at three weights with seed 0, the best on validation is taken, and run with
-seeds 1 and 2. All of them have the same steps, batch size and learning rate, and read the teacher from its cache. The time of a step is
-measured apart, in turns with the same student without a teacher.
+the teacher and plain distillation are worth. Each method is run at three weights with seed 0, and at one or two further ones while the best on
+validation stands at an end of them; the best is run with seeds 1 and 2. All of them have the same steps, batch size and learning rate, and read
+the teacher from its cache. The time of a step is measured apart, in turns with the same student without a teacher.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ RESULTS = ROOT / "benchmarks/results/methods"
 RUNS = ROOT / "runs/methods"
 SEEDS = (0, 1, 2)
 PAIRS = 7
+FURTHER = 2  # weights outside those of a method, where the best stands at an end
 
 
 def main() -> None:
@@ -58,6 +59,9 @@ def main() -> None:
         parser.error("--jobs: at least 1")
     if asked.time and (asked.quick or asked.jobs > 1):
         parser.error("--time measures one method after the other, of results that are kept: without --jobs and --quick")
+    known = {label for name in asked.tracks for label in methods_of(TRACKS[name])}
+    if unknown := sorted(set(asked.only or ()) - known):
+        parser.error(f"--only: {', '.join(map(repr, unknown))}, none of these tracks' methods, which are {', '.join(sorted(known))}")
     for name in asked.tracks:
         if not asked.time:
             train_track(name, TRACKS[name], asked.only, asked.jobs, asked.quick)
@@ -151,14 +155,22 @@ def recipe_of(track: Track, runs: Path) -> dict[str, Any]:
 
 
 def outcome(runs: Path, label: str, method: Method, recipe: dict[str, Any], quick: bool) -> dict[str, Any]:
-    """One method: the sweep over its weights, then the seeds that are missing at the weight that is best on validation."""
+    """One method: the sweep over its weights, further ones while the best stands at an end, then the seeds that are missing at the best."""
     short = "".join(c if c.isalnum() or c == "_" else "-" for c in label)
-    varied = written(runs / f"{short}.yaml", {**recipe, "objective": method.objective}, quick)
-    weights = ",".join(str(w) for w in method.weights)
-    limbeck("sweep", varied, "--vary", f"objective.0.weight={weights}", "--no-baseline", "--out", runs / short)
-    swept = read(runs / short / "sweep.json")
-    rows = dict(zip(method.weights, swept["rows"], strict=True))
-    best = next(w for w, row in rows.items() if row["name"] == swept["best"])
+
+    def sweep(weights: Sequence[float], name: str) -> dict[float, dict[str, Any]]:
+        recipe_file = written(runs / f"{name}.yaml", {**recipe, "objective": weighted(method, weights[0])}, quick)
+        varied = f"objective.0.weight={','.join(f'{w:g}' for w in weights)}"
+        limbeck("sweep", recipe_file, "--vary", varied, "--no-baseline", "--out", runs / name)
+        return dict(zip(weights, read(runs / name / "sweep.json")["rows"], strict=True))
+
+    rows = sweep(method.weights, short)
+    for _ in range(FURTHER):
+        weight = beyond({w: row["validation"] for w, row in rows.items()})
+        if weight is None:
+            break
+        rows |= sweep([weight], f"{short}-at-{weight:g}")
+    best = best_of({w: row["validation"] for w, row in rows.items()})
     chosen = written(runs / f"{short}-chosen.yaml", {**recipe, "objective": weighted(method, best)}, quick)
     more = ("--seeds", len(SEEDS) - 1, "--seed", SEEDS[1], "--no-baseline")
     limbeck("distill", chosen, *more, "--out", runs / f"{short}-seeds")
@@ -167,9 +179,24 @@ def outcome(runs: Path, label: str, method: Method, recipe: dict[str, Any], quic
         "loss": method.term["loss"],
         "objective": weighted(method, best),
         "weight": best,
-        "tried": [{"weight": w, "valid": row["validation"], "test": row["student"]} for w, row in rows.items()],
+        "tried": [{"weight": w, "valid": row["validation"], "test": row["student"]} for w, row in sorted(rows.items())],
         "accuracy": [rows[best]["student"], *(m["models"]["student"]["metrics"]["accuracy"] for m in others)],
     }
+
+
+def best_of(validation: Mapping[float, Mapping[str, float]]) -> float:
+    """The weight that is best on validation, as `limbeck sweep` chooses."""
+    return max(validation, key=lambda w: (validation[w]["accuracy"], -validation[w]["nll"]))
+
+
+def beyond(validation: Mapping[float, Mapping[str, float]]) -> float | None:
+    """Where the best of the weights stands at an end, the next one outside, as far from it as its neighbour; None where it stands inside."""
+    weights = sorted(validation)
+    best = best_of(validation)
+    if best not in (weights[0], weights[-1]):
+        return None
+    neighbour = weights[1] if best == weights[0] else weights[-2]
+    return float(f"{best * best / neighbour:.3g}")
 
 
 def beginning(runs: Path, plain: Path) -> dict[str, Any]:

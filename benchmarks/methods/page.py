@@ -15,7 +15,8 @@ HEAD = """# Which loss for which pair
 
 Every method below was given the same student, steps, batch size, learning rate and teacher (from its cache). A loss of logits takes the place of kd,
 beside cross entropy at weight 1; a loss of layers is added to kd (weight 1, T = 4) and cross entropy. The weight of each was chosen on
-validation from three, with one seed; the test split was looked at afterwards. *plain kd* is `kd` 0.7 at T = 4 and cross entropy 0.3, which
+validation, with one seed, from those that the table gives; an arrow says that the best stands at an end of them, so that a weight further out may be
+better. The test split was looked at afterwards. *plain kd* is `kd` 0.7 at T = 4 and cross entropy 0.3, which
 is what a recipe without an objective is; its weight was not chosen at all. *over plain* is the difference of the means in points, with the
 standard error of that difference (three seeds each): what lies within twice that error is not told apart from plain distillation. Of so
 many comparisons one in twenty is told apart by chance. Methods that did not help are in the table.
@@ -101,9 +102,11 @@ def table(result: dict[str, Any]) -> list[str]:
         difference, error = over(result, method["accuracy"])
         step = method.get("step")
         time = "" if step is None else f"{step['median']:.2f}x [{step['interval'][0]:.2f}, {step['interval'][1]:.2f}]"
-        tried = ", ".join(f"{row['weight']:g}" for row in method["tried"])
+        tried = [row["weight"] for row in method["tried"]]
+        end = {max(tried): " ↑", min(tried): " ↓"}.get(method["weight"], "")
+        weight = f"{method['weight']:g}{end} of {', '.join(f'{w:g}' for w in tried)}"
         lines.append(
-            f"| {name} | {method['weight']:g} of {tried} | {spread(method['accuracy'])} | {closed(method['accuracy'], base, gap)} "
+            f"| {name} | {weight} | {spread(method['accuracy'])} | {closed(method['accuracy'], base, gap)} "
             f"| {difference:+.2f} ± {error:.2f} | {time} |"
         )
     return [*lines, ""]
