@@ -18,12 +18,13 @@ from limbeck.losses import AUTO
 from limbeck.ranks import ALONE, Ranks, launch, restarted
 from limbeck.reading import absolute, differences, recipe_from_yaml
 from limbeck.recipe import Recipe, Term
-from limbeck.run import discard, disk_errors, is_left_over, read_json, sweep
+from limbeck.run import copy_folder, discard, disk_errors, is_left_over, read_json, sweep
 
 __all__ = [
     "Stop",
     "already",
     "begun_seeds",
+    "bring_up",
     "finished",
     "finished_metrics",
     "goes_on",
@@ -317,3 +318,11 @@ def make(out: Path) -> None:
     except (OSError, ValueError) as e:  # a name with a null byte is a ValueError
         why = getattr(e, "strerror", None) or str(e)
         raise UsageError(Problem("--out", f"{str(out)!r} cannot be made: {why}.", "Name a folder that can be written.")) from e
+
+
+def bring_up(folder: Path, out: Path) -> None:
+    """Copy the models and exports of a run into ``out``, each complete or not at all."""
+    peers = sorted(path.name for path in folder.glob("peer-*"))
+    for name in ("student", *peers, "baseline", "export"):
+        if (folder / name).is_dir():
+            copy_folder(folder / name, out / name)

@@ -123,7 +123,9 @@ class Parts:
         rows = np.flatnonzero(self.data.train.labels >= 0)
         return self.data.train if len(rows) == len(self.data.train) else self.data.train.take(rows)
 
-    def builder(self, split: Split, *, teacher: bool = False, training: bool = False, student: Preprocessing | None = None) -> BatchBuilder:
+    def builder(
+        self, split: Split, *, teacher: bool = False, training: bool = False, student: Preprocessing | None = None, others: int = 0
+    ) -> BatchBuilder:
         dtype = torch.float64 if self.recipe.train.precision == "float64" else torch.float32
         return BatchBuilder(
             split,
@@ -132,6 +134,7 @@ class Parts:
             augment=self.augment if training else None,
             data_seed=self.recipe.data.seed,
             num_classes=len(self.data.classes),
+            others=others,
             dtype=dtype,
         )
 
@@ -171,16 +174,27 @@ class Parts:
             stage=number,
         )
 
-    def _builder(self, split: Split, *, teacher: bool) -> Callable[[Request], Batch]:
+    def _builder(self, split: Split, *, teacher: bool, others: bool = False) -> Callable[[Request], Batch]:
         """Of every stage: one where all want the same inputs."""
-        wanted = self.staged
-        if all(w == self.student for w in wanted):
-            return self.builder(split, teacher=teacher, training=True)
-        return StagedBuilder([self.builder(split, teacher=teacher, training=True, student=w) for w in wanted])
+        beside = [_others(self.recipe, terms) if others else 0 for terms in self.recipe.objectives]
+        wanted = list(zip(self.staged, beside, strict=True))
+        if all(one == wanted[0] for one in wanted):
+            wanted = wanted[:1]
+        each = [self.builder(split, teacher=teacher, training=True, student=inputs, others=count) for inputs, count in wanted]
+        return each[0] if len(each) == 1 else StagedBuilder(each)
 
-    def feed(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False, workers: int = 0, pin_memory: bool = False) -> Feed:
+    def feed(
+        self,
+        recipe: Recipe,
+        *,
+        with_teacher: bool,
+        ask: bool = False,
+        others: bool = False,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Feed:
         """What a student reads: all rows beside a teacher (or a loss that needs no labels), the labelled ones alone. ask: prepare the teacher's
-        inputs too."""
+        inputs too. others: and those of models that learn beside the student."""
         split = self.data.train if with_teacher or self.unlabelled_too else self.labelled
         plans: list[Plan] = []
         first = 0
@@ -189,7 +203,7 @@ class Parts:
             plans.append(self._plan(split, number, rows, first_epoch=first, batch_size=recipe.train.batch_size, seed=recipe.seed))
             first += stage.epochs
         plan = StagedPlan(plans)
-        return Feed(plan, self._builder(split, teacher=ask), plan.rounds, workers, pin_memory)
+        return Feed(plan, self._builder(split, teacher=ask, others=others), plan.rounds, workers, pin_memory)
 
     def teacher_feed(self, beside: Feed) -> Feed:
         """What a teacher reads on ranks of its own: the rows of the students' feed, in its own preparation alone."""
@@ -458,6 +472,12 @@ class Parts:
 def reads_unlabelled(recipe: Recipe) -> bool:
     """Whether a loss of a recipe learns from samples without a label, although no teacher is there."""
     return any(LOSSES[t.loss].self_taught and "labels" not in LOSSES[t.loss].reads for t in recipe.terms)
+
+
+def _others(recipe: Recipe, terms: Sequence[Term]) -> int:
+    """How many models beside the student see samples in views of their own."""
+    entries = [LOSSES[term.loss] for term in terms if LOSSES[term.loss].own_views]
+    return max((len(recipe.student.peers) if "peers.logits" in entry.reads else 1 for entry in entries), default=0)
 
 
 def _size(wanted: Preprocessing) -> int:

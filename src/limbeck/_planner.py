@@ -412,7 +412,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
     with_teacher = begun.known is not None
 
     teacher, choices = _teacher_of(begun, recipe, complete)
-    feed = parts.feed(recipe, with_teacher=with_teacher, ask=isinstance(teacher, LiveTeacher))
+    feed = parts.feed(recipe, with_teacher=with_teacher, ask=isinstance(teacher, LiveTeacher), others=True)
     split = job.data.train if with_teacher or parts.unlabelled_too else parts.labelled
     lengths = parts.lengths(split, parts.staged[parts.measured])
     few = _batches(feed.plan.plans[parts.measured], feed.builder, lengths)

@@ -110,17 +110,7 @@ def seed_metrics(
 def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
     """Several seeds as one: each metric is the mean, ``metrics_std`` the sample deviation; and the index of the seed that is best on validation."""
     best = max(range(len(results)), key=lambda i: (results[i]["validation"] or {}).get(PRIMARY) or 0.0)
-    models: dict[str, Any] = {}
-    for role, chosen in results[best]["models"].items():
-        rows = [r["models"][role] for r in results]
-        each = {name: [row["metrics"][name] for row in rows] for name in chosen["metrics"]}
-        models[role] = {
-            **chosen,
-            "metrics": {name: statistics.fmean(values) for name, values in each.items()},
-            "metrics_std": {name: statistics.stdev(values) for name, values in each.items()},
-        }
-        if "agreement" in chosen:
-            models[role]["agreement"] = statistics.fmean(row["agreement"] for row in rows)
+    models = {role: _over_seeds([r["models"][role] for r in results], best) for role in results[best]["models"]}
     interval = None
     if "baseline" in models:
         interval = seeds_interval(
@@ -143,6 +133,22 @@ def joint_metrics(results: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         "runs": [{"seed": r["seeds"][0], **{role: m["metrics"] for role, m in r["models"].items()}} for r in results],
     }
     return joint, best
+
+
+def _over_seeds(rows: list[dict[str, Any]], best: int) -> dict[str, Any]:
+    """One model of several seeds: its metrics over them, all else of the best seed."""
+    chosen = rows[best]
+    each = {name: [row["metrics"][name] for row in rows] for name in chosen["metrics"]}
+    joined = {
+        **chosen,
+        "metrics": {name: statistics.fmean(values) for name, values in each.items()},
+        "metrics_std": {name: statistics.stdev(values) for name, values in each.items()},
+    }
+    if "agreement" in chosen:
+        joined["agreement"] = statistics.fmean(row["agreement"] for row in rows)
+    if "peers" in chosen:
+        joined["peers"] = [_over_seeds(list(peer), best) for peer in zip(*(row["peers"] for row in rows), strict=True)]
+    return joined
 
 
 def _primary(models: dict[str, Any], role: str) -> float | None:

@@ -154,7 +154,7 @@ def train_role(
         feed = parts.baseline_feed(recipe, **how)
     else:
         ask = bool(lives_of(teacher)) and not shared.ranks.teaching
-        feed = parts.feed(recipe, with_teacher=teacher is not None, ask=ask, **how)
+        feed = parts.feed(recipe, with_teacher=teacher is not None, ask=ask, others=True, **how)
     validate = parts.validation(student, shared.engine)
     recorder = Recorder(role, folder / "checkpoints" / role, log, shared.progress, shared.stop, validate, shared.cost.keep_all)
     if shared.ranks.teaching:
@@ -180,23 +180,29 @@ def _fit_once(
     classes: tuple[str, ...],
     ranks: Ranks,
 ) -> tuple[Trained, State]:
-    """Fit, unless ``final`` stands and its last state is on record; commit the model as ``final``."""
+    """Fit, unless ``final`` stands and its last state is on record; commit the model as ``final``, and its peers beside it."""
     done = recorder.checkpoints.with_name(f"{recorder.checkpoints.name}-done")
     found = checkpoint.from_main(ranks, lambda: checkpoint.load_newest(done, recorder.progress.say))
     ranks.tell(found is not None)
+    peers: list[Model] = objective.peers()
     if found is not None:
-        engine.place(student.module)
-        student.module.load_state_dict(found[1]["student"])
+        states = [found[1]["student"], *found[1].get("peers", [])]
+        for model, state in zip([student, *peers], states, strict=True):
+            engine.place(model.module)
+            model.module.load_state_dict(state)
         trained, state = Trained(**found[1]["done"]), found[1]["student"]
     else:
         trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder, ranks)
-        for buffer in student.module.buffers():  # batch statistics are each rank's own; those of the main rank are what is saved
-            ranks.broadcast(buffer)
+        for buffer in (b for model in [student, *peers] for b in model.module.buffers()):
+            ranks.broadcast(buffer)  # batch statistics are each rank's own; those of the main rank are what is saved
         state = snapshot(student.module)
         if ranks.main:
-            checkpoint.save(done, trained.steps, {"student": state, "done": vars(trained)})
-    if ranks.main and not final.is_dir():
-        save_model(student, final, classes)
+            kept = {"student": state, "peers": [snapshot(peer.module) for peer in peers], "done": vars(trained)}
+            checkpoint.save(done, trained.steps, kept)
+    if ranks.main:
+        for model, folder in [(student, final), *((peer, final.with_name(f"peer-{n}")) for n, peer in enumerate(peers))]:
+            if not folder.is_dir():
+                save_model(model, folder, classes)
     return trained, state
 
 

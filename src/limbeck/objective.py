@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from limbeck.errors import Problem, UsageError, listed, nearest
-from limbeck.losses import AUTO, LOSSES, LossEntry, MeanTeacher, Parameter, Population, raised, shaped
+from limbeck.losses import AUTO, LOSSES, LossEntry, MeanTeacher, Parameter, Peers, Population, raised, shaped
 from limbeck.randomness import forked
 from limbeck.recipe import Schedule, Term
 from limbeck.types import Batch, Needs, Outputs, Signal
@@ -261,6 +261,10 @@ class Objective(nn.Module):
             if isinstance(loss, MeanTeacher):
                 loss.follow(student)
 
+    def peers(self) -> list[Any]:
+        """The models that learn beside the student."""
+        return [model for term in self._each if isinstance(term.loss, Peers) for model in term.loss.models]
+
     def remembering(self) -> list[Any]:
         """The losses that are told of each step."""
         found = [term.loss for term in self._each if term.entry.remembers]
@@ -395,6 +399,10 @@ class StagedObjective(nn.Module):
         """As :meth:`Objective.follow`, in all stages."""
         for stage in self._stages:
             stage.follow(student)
+
+    def peers(self) -> list[Any]:
+        """As :meth:`Objective.peers`: those of one stage are those of any that has some."""
+        return next((found for stage in self._stages if (found := stage.peers())), [])
 
     def remembering(self) -> list[Any]:
         """As :meth:`Objective.remembering`, of all stages."""
@@ -558,7 +566,9 @@ class _Term(nn.Module):
         if what == "labels":
             return batch.labels
         if what in ("peers.logits", "average.logits"):
-            return self.loss.answers(batch.student)
+            count = len(self.loss.models) if what == "peers.logits" else 1
+            own = batch.others if self.entry.own_views else ()
+            return self.loss.answers(own[:count] or (batch.student,) * count)
         if what == "samples":
             assert self._population is not None
             one: Any = self.loss[number] if isinstance(self.loss, nn.ModuleList) else self.loss

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "canonical",
     "check_trackers",
     "commit_folder",
+    "copy_folder",
     "discard",
     "file_sha256",
     "is_left_over",
@@ -127,6 +129,14 @@ def commit_folder(temporary: Path, final: Path) -> None:
         else:
             os.rename(temporary, final)
             sync_folder(final.parent)
+
+
+def copy_folder(folder: Path, final: Path) -> None:
+    """Copy a folder; ``final`` appears complete or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=final.parent) as temporary:
+        with disk_errors(final):
+            shutil.copytree(folder, Path(temporary) / final.name)
+        commit_folder(Path(temporary) / final.name, final)
 
 
 def is_left_over(path: Path) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -24,6 +22,7 @@ from limbeck._folder import (
     Stop,
     already,
     begun_seeds,
+    bring_up,
     finished_metrics,
     goes_on,
     launched_by,
@@ -58,7 +57,7 @@ from limbeck.report import write_report
 from limbeck.run import (
     Log,
     NoLog,
-    commit_folder,
+    copy_folder,
     discard,
     finite,
     join_logs,
@@ -410,7 +409,10 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
         # The baseline is a module of its own from the same initial weights: what a state_dict does not hold cannot leak into it.
         baseline = replace(student, module=copy.deepcopy(student.module)) if recipe.baseline else None
         stop.between("the training of the student")
-        trained["student"] = train_role("student", folder, recipe, student, parts.objective(recipe.seed, student), teacher, shared, log)
+        objective = parts.objective(recipe.seed, student)
+        trained["student"] = train_role("student", folder, recipe, student, objective, teacher, shared, log)
+        peers = objective.peers()
+        del objective
         for live in lives_of(teacher):
             live.check_untouched()
         if baseline is not None:
@@ -448,6 +450,11 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
                 if ranks.main:
                     speed = None if lender is None else _speed_of(lender, shared.environment)
                     measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact, speed)
+        if peers and not ranks.teaching:
+            stop.between("the evaluation of the peers")
+            told_of = [_evaluate_peer(peer, spec.model, shared) for peer, spec in zip(peers, recipe.student.peers, strict=True)]
+            if ranks.main:
+                measured["student"]["peers"] = told_of
         stop.between("the export")
         shared.cost.ask_ranks()
         if not ranks.main:  # the rest is written, which one rank does
@@ -521,10 +528,18 @@ def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks, engine: Eng
     for tensor in baseline.module.state_dict().values():
         ranks.broadcast(tensor)
     if ranks.main and not (folder / "baseline").is_dir():
-        with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=folder) as temporary:
-            shutil.copytree(lender / "baseline", Path(temporary) / "baseline")
-            commit_folder(Path(temporary) / "baseline", folder / "baseline")
+        copy_folder(lender / "baseline", folder / "baseline")
     return Trained(0, 0.0, 0), snapshot(baseline.module)
+
+
+def _evaluate_peer(peer: Model, name: str, shared: Shared) -> dict[str, Any]:
+    """What learned beside the student, on the test split; the figures on the main rank alone."""
+    parts = shared.parts
+    shared.exact.place(peer.module)
+    logits = parts.logits(peer, parts.data.test, shared.exact)
+    if not shared.ranks.main:
+        return {}
+    return {"model": name, **figures(peer, logits, parts.data.test.labels, parts.samples(), shared.exact)}
 
 
 def _evaluate_teacher(shared: Shared) -> Told | None:
@@ -600,11 +615,7 @@ def _many_seeds(job: Job, recipe: Recipe, shared: Shared) -> dict[str, Any]:
         return dict(job.ranks.from_main(dict))
     result, best = joint_metrics(results)
     result["cost"] |= shared.cost.so_far()
-    for name in ("student", "baseline", "export"):
-        if (children[best] / name).is_dir():
-            with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=job.out) as temporary:
-                shutil.copytree(children[best] / name, Path(temporary) / name)
-                commit_folder(Path(temporary) / name, job.out / name)
+    bring_up(children[best], job.out)
     write_atomic(job.out / "analysis.json", (children[best] / "analysis.json").read_bytes())
     join_logs(job.out, children[best])
     resumed = [step for child in children for step in read_json(child / "environment.json")["resumed_from"]]

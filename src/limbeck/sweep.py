@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from limbeck._folder import Stop, finished, finished_metrics, goes_on, launched_by, make, own_folder, read_recipe, refuse_taken
+from limbeck._folder import Stop, bring_up, finished, finished_metrics, goes_on, launched_by, make, own_folder, read_recipe, refuse_taken
 from limbeck._recipe_check import differences as differing
 from limbeck._sweep_plan import plan_sweep
 from limbeck._sweep_share import Lending, judge
@@ -20,7 +18,7 @@ from limbeck.errors import Problem, UsageError
 from limbeck.progress import Progress
 from limbeck.ranks import joined
 from limbeck.report import write_sweep_report
-from limbeck.run import commit_folder, finite, is_left_over, read_json, write_atomic, write_json
+from limbeck.run import finite, is_left_over, read_json, write_atomic, write_json
 from limbeck.spine import execute
 
 __all__ = ["sweep"]
@@ -169,11 +167,7 @@ def _bring_up(out: Path, best: Combination, progress: Progress) -> None:
     if best.recipe.export and set(best.recipe.export) - set(read_json(folder / "metrics.json")["export"]):
         progress.say(f"exporting {', '.join(best.recipe.export)}")
         export_run(folder, list(best.recipe.export))
-    for name in ("student", "baseline", "export"):
-        if (folder / name).is_dir():
-            with tempfile.TemporaryDirectory(prefix=".copy.", suffix=".tmp", dir=out) as temporary:
-                shutil.copytree(folder / name, Path(temporary) / name)
-                commit_folder(Path(temporary) / name, out / name)
+    bring_up(folder, out)
     for name in ("environment.json", "analysis.json", "log.jsonl", "metrics.json"):
         write_atomic(out / name, (folder / name).read_bytes())
     write_atomic(out / "recipe.yaml", made.to_yaml())

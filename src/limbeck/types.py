@@ -51,7 +51,8 @@ class Batch:
     with -1 for unlabelled, or ``(B, C)`` float probabilities after mixup (rows of zeros for unlabelled). mask: ``(B,)`` bool, the valid items.
     ``teacher`` is the same object as
     ``student`` where both want the same preparation, and None where nobody will ask the teacher. Of several teachers it has the inputs of each, under
-    names of :func:`of_member`.
+    names of :func:`of_member`. others: the same samples in the student's preparation, each in a view of its own, for models that learn beside the
+    student; empty where these see the student's view.
     """
 
     ids: np.ndarray[Any, np.dtype[np.uint64]]
@@ -61,6 +62,7 @@ class Batch:
     labels: Tensor
     mask: Tensor
     keys: np.ndarray[Any, np.dtype[np.uint64]] | None = None
+    others: tuple[Inputs, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,13 +76,13 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """The microbatch of samples ``start .. stop - 1``."""
-        student = {k: v[start:stop] for k, v in self.student.items()}
+        student, *others = ({k: v[start:stop] for k, v in inputs.items()} for inputs in (self.student, *self.others))
         if self.teacher is None or self.teacher is self.student:
             teacher: Inputs | None = student if self.teacher is not None else None
         else:
             teacher = {k: v[start:stop] for k, v in self.teacher.items()}
         keys = None if self.keys is None else self.keys[start:stop]
-        return Batch(self.ids[start:stop], self.view, student, teacher, self.labels[start:stop], self.mask[start:stop], keys)
+        return Batch(self.ids[start:stop], self.view, student, teacher, self.labels[start:stop], self.mask[start:stop], keys, tuple(others))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None, memory_format: torch.memory_format | None = None) -> Batch:
         """A copy on ``device``; floating-point inputs in ``dtype``, image inputs in ``memory_format``."""
@@ -92,20 +94,20 @@ class Batch:
                 return x.to(device, dtype=dtype, non_blocking=True, memory_format=memory_format)
             return x.to(device, dtype=dtype, non_blocking=True)
 
-        student = {k: move(v) for k, v in self.student.items()}
+        student, *others = ({k: move(v) for k, v in inputs.items()} for inputs in (self.student, *self.others))
         teacher: Inputs | None = None
         if self.teacher is not None:
             teacher = student if self.teacher is self.student else {k: move(v) for k, v in self.teacher.items()}
         labels = self.labels.to(device, non_blocking=True)
-        return Batch(self.ids, self.view, student, teacher, labels, self.mask.to(device, non_blocking=True), self.keys)
+        return Batch(self.ids, self.view, student, teacher, labels, self.mask.to(device, non_blocking=True), self.keys, tuple(others))
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, for fast transfers to a CUDA device (the hook that a DataLoader calls)."""
-        student = {k: v.pin_memory() for k, v in self.student.items()}
+        student, *others = ({k: v.pin_memory() for k, v in inputs.items()} for inputs in (self.student, *self.others))
         teacher: Inputs | None = None
         if self.teacher is not None:
             teacher = student if self.teacher is self.student else {k: v.pin_memory() for k, v in self.teacher.items()}
-        return Batch(self.ids, self.view, student, teacher, self.labels.pin_memory(), self.mask.pin_memory(), self.keys)
+        return Batch(self.ids, self.view, student, teacher, self.labels.pin_memory(), self.mask.pin_memory(), self.keys, tuple(others))
 
 
 def member_input(number: int, name: str) -> str:

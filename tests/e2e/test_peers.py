@@ -14,7 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 import limbeck as lib
+from limbeck import _roles
 from limbeck._begin import peers_of
+from limbeck.cli import main
 from limbeck.data import load_data
 from limbeck.reading import absolute, load_recipe
 from running import distance, limbeck, lines, make_folder, read, recipe, run, several, start, steps, wait_for, weights
@@ -51,11 +53,32 @@ def test_the_student_leaves_alone_and_is_compared_with_itself_alone(there: Path,
     assert "trained on labels alone" in html
 
 
+def test_the_peers_are_kept_and_measured(there: Path, tmp_path: Path) -> None:
+    """Each by itself, as any model of a run; by another program's arithmetic it is as good as the figures say."""
+    told = read(there / "run/metrics.json")["models"]["student"]["peers"]
+    assert [peer["model"].rpartition(":")[2] for peer in told] == ["teacher", "student"]
+    data = np.load(there / "pictures.npz")
+    for number, (peer, width) in enumerate(zip(told, (12, 4), strict=True)):
+        folder = there / f"run/peer-{number}"
+        module, wanted = lib.load(folder), read(folder / "model.json")["preprocessing"]
+        assert peer["parameters"] == sum(p.numel() for p in module.parameters())
+        assert load_file(folder / "model.safetensors")["body.weight"].shape[0] == width
+        x = (data["test_x"][:, None] / 255 - wanted["mean"][0]) / wanted["std"][0]
+        right = module(torch.tensor(x, dtype=torch.float32)).argmax(1).numpy() == data["test_y"]
+        assert right.mean() == pytest.approx(peer["metrics"]["accuracy"])
+    assert weights(there / "run/peer-1") != weights(there / "run/student")
+    html = (there / "run/report.html").read_text(encoding="utf-8")
+    assert "The student and its peers" in html
+    metrics = run("distill", recipe(there, "taught.yaml"), "--teacher", there / "run/peer-0", out=tmp_path / "taught")
+    assert metrics["models"]["teacher"]["metrics"] == told[0]["metrics"]
+
+
 def test_its_own_recipe_repeats_it(there: Path, tmp_path: Path) -> None:
     again = yaml.safe_load((there / "run/recipe.yaml").read_text())
     assert [peer["model"].rpartition(":")[2] for peer in again["student"]["peers"]] == ["teacher", "student"]
     run("distill", there / "run/recipe.yaml", out=tmp_path / "again")
-    assert weights(there / "run/student") == weights(tmp_path / "again/student")
+    for role in ("student", "peer-0", "peer-1"):
+        assert weights(there / "run" / role) == weights(tmp_path / "again" / role)
 
 
 def test_peers_have_initial_weights_of_their_own(there: Path) -> None:
@@ -79,8 +102,43 @@ def test_stopped_and_resumed_it_ends_in_the_same_bytes(there: Path, tmp_path: Pa
     stopped.communicate(timeout=300)
     assert stopped.returncode == 75
     assert limbeck("distill", there / "recipe.yaml", "--out", tmp_path / "run", "--resume") == 0
-    for role in ("student", "baseline"):
+    for role in ("student", "peer-0", "peer-1", "baseline"):
         assert weights(tmp_path / "run" / role) == weights(there / "run" / role)
+
+
+def test_stopped_and_resumed_with_views_of_their_own(there: Path, tmp_path: Path) -> None:
+    data = {"source": "npz:pictures.npz", "augment": {"crop": 1, "flip": True}}
+    path = recipe(there, "views.yaml", **{**TOGETHER, "objective": [{"loss": "cross_entropy"}, {"loss": "kdcl"}], "data": data})
+    run("distill", path, "--no-baseline", out=tmp_path / "whole")
+    stopped = start("distill", path, "--no-baseline", "--out", tmp_path / "run", SLOW="0.1")
+    wait_for(stopped, lambda: len(steps(tmp_path / "run", "student")) > 3)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=300)
+    assert stopped.returncode == 75
+    assert limbeck("distill", path, "--no-baseline", "--out", tmp_path / "run", "--resume") == 0
+    for role in ("student", "peer-0", "peer-1"):
+        assert weights(tmp_path / "run" / role) == weights(tmp_path / "whole" / role)
+
+
+def test_killed_between_the_student_and_its_peers(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _roles.save_model
+
+    def save(model: Any, folder: Path, classes: tuple[str, ...]) -> None:
+        if folder.name == "peer-1":
+            raise KeyError("killed")
+        real(model, folder, classes)
+
+    monkeypatch.setattr(_roles, "save_model", save)
+    with pytest.raises(KeyError, match="killed"):
+        main(["distill", str(there / "recipe.yaml"), "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run/peer-0").is_dir()
+    assert not (tmp_path / "run/peer-1").exists()
+    monkeypatch.undo()
+    assert limbeck("distill", there / "recipe.yaml", "--out", tmp_path / "run", "--resume") == 0
+    for role in ("student", "peer-0", "peer-1", "baseline"):
+        assert weights(tmp_path / "run" / role) == weights(there / "run" / role)
+    peers = [read(run / "metrics.json")["models"]["student"]["peers"] for run in (tmp_path / "run", there / "run")]
+    assert [peer["metrics"] for peer in peers[0]] == [peer["metrics"] for peer in peers[1]]
 
 
 def test_beside_a_teacher_and_in_stages(there: Path, tmp_path: Path) -> None:
@@ -92,6 +150,14 @@ def test_beside_a_teacher_and_in_stages(there: Path, tmp_path: Path) -> None:
     assert set(metrics["models"]) == {"teacher", "student", "baseline"}
     terms = [set(line["terms"]) for line in lines(tmp_path / "run/seed-0", "student") if "terms" in line]
     assert terms == [{"cross_entropy", "kd", "kdcl"}] * 3 + [{"cross_entropy", "kd"}] * 3
+    best = tmp_path / f"run/seed-{metrics['best_seed']}"
+    each = [read(tmp_path / f"run/seed-{seed}/metrics.json")["models"]["student"]["peers"] for seed in (0, 1)]
+    for number, peer in enumerate(metrics["models"]["student"]["peers"]):
+        assert weights(tmp_path / f"run/peer-{number}") == weights(best / f"peer-{number}")
+        values = [seed[number]["metrics"]["nll"] for seed in each]
+        assert peer["metrics"]["nll"] == pytest.approx(np.mean(values))
+        assert peer["metrics_std"]["nll"] == pytest.approx(np.std(values, ddof=1))
+        assert values[0] != values[1]
 
 
 def test_student_and_baseline_have_the_same_budget(there: Path, tmp_path: Path) -> None:
@@ -132,6 +198,18 @@ def test_its_own_average_teaches_unlabelled_samples(there: Path, tmp_path: Path)
     for role in ("student", "baseline"):
         assert weights(tmp_path / "stopped" / role) == weights(tmp_path / "run" / role)
     assert weights(tmp_path / "run/student") != weights(tmp_path / "run/baseline")
+
+
+def test_an_average_sees_a_view_of_its_own(there: Path, tmp_path: Path) -> None:
+    """In the first step it is the student itself, so whatever tells them apart is the view."""
+    model = {"model": "python:nets.py:plain"}
+    for name, augment in (("still", "none"), ("moved", {"crop": 1, "flip": True})):
+        changes = {"student": model, "data": {**OWN_AVERAGE["data"], "augment": augment}, "train": {"epochs": 1, "precision": "float32"}}
+        run("distill", recipe(there, f"{name}.yaml", **{**OWN_AVERAGE, **changes}), "--no-baseline", out=tmp_path / name)
+    first = [
+        next(line["terms"]["mean_teacher"] for line in lines(tmp_path / name, "student") if "terms" in line) for name in ("still", "moved")
+    ]
+    assert first[0] == 0 < first[1]
 
 
 def test_two_stages_move_one_average_once(there: Path, tmp_path: Path) -> None:
@@ -213,6 +291,8 @@ def test_two_ranks_end_in_the_weights_of_one_process(there: Path, tmp_path: Path
     path = recipe(there, "ranks.yaml", **{**TOGETHER, "student": {"model": plain, "peers": [plain]}, "train": exact})
     run("distill", path, out=tmp_path / "alone")
     several(2, "distill", path, out=tmp_path / "two")
-    for role in ("student", "baseline"):
+    for role in ("student", "peer-0", "baseline"):
         assert distance(tmp_path / "alone" / role, tmp_path / "two" / role) < 1e-9, role
+    alone, two = (read(tmp_path / name / "metrics.json")["models"]["student"]["peers"][0]["metrics"] for name in ("alone", "two"))
+    assert alone == pytest.approx(two)
     assert json.loads((tmp_path / "two/metrics.json").read_text())["models"].keys() == {"student", "baseline"}

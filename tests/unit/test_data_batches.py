@@ -37,6 +37,39 @@ def whole(split: Split) -> Request:
 PLAIN = ImagePreprocessing(3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 
 
+def test_further_views_are_draws_of_their_own_and_change_nothing_else() -> None:
+    """Of the same samples, in the same mixture: a function of (data seed, id, view, its number)."""
+    split = images(40, (8, 8))
+    how: dict[str, Any] = {"student": PLAIN, "augment": Augment(crop=2, flip=True, mixup=0.4), "num_classes": 3}
+    alone, build = BatchBuilder(split, **how), BatchBuilder(split, **how, others=2)
+    request = Request(5, 1, 1, np.arange(40)[::-1].copy())
+    batch, before = build(request), alone(request)
+    assert before.others == ()
+    assert torch.equal(batch.student["image"], before.student["image"])
+    assert torch.equal(batch.labels, before.labels)
+    pictures = [inputs["image"] for inputs in (batch.student, *batch.others)]
+    assert len(pictures) == 3
+    for i in range(3):
+        for j in range(i):
+            same = (pictures[i] == pictures[j]).flatten(1).all(1)
+            assert same.float().mean() < 0.2, (i, j)
+    # each alone as in any batch
+    few = build(Request(9, 1, 1, np.array([7, 3])))
+    for inputs, picture in zip(few.others, pictures[1:], strict=True):
+        assert torch.equal(inputs["image"][0], picture[39 - 7])
+    assert not torch.equal(build(Request(5, 1, 2, request.rows)).others[0]["image"], pictures[1])
+    plain = BatchBuilder(split, student=PLAIN, num_classes=3, others=2)(request)
+    assert plain.others == ()  # without augmentation all views are the student's
+
+
+def test_further_views_go_where_the_batch_goes() -> None:
+    split = images(10)
+    batch = BatchBuilder(split, student=PLAIN, augment=Augment(flip=True), num_classes=3, others=1)(whole(split))
+    part = batch.part(3, 6)
+    assert torch.equal(part.others[0]["image"], batch.others[0]["image"][3:6])
+    assert part.to(torch.device("cpu"), torch.float64).others[0]["image"].dtype == torch.float64
+
+
 # ---- plans
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -593,6 +593,25 @@ def test_masking_equals_slicing(kind: Kind) -> None:
     (gradient,) = torch.autograd.grad(got, student)
     assert (gradient[~mask] == 0).all()
     assert (gradient[mask] != 0).any()
+
+
+@every_loss
+def test_models_beside_the_student_see_views_of_their_own_where_that_was_published(kind: Kind) -> None:
+    name = next((read for read in ("peers.logits", "average.logits") if read in kind.entry.reads), None)
+    assert kind.entry.own_views == (kind.entry.name in ("kdcl", "mean_teacher"))
+    if name is None:
+        pytest.skip("learns from no model beside the student")
+    place, key = kind.entry.reads.index(name), name.partition(".")[0]
+    tensors = draw(kind)
+    further = [draw(kind, seed=seed)[place] for seed in (1, 2)]
+    seen = torch.stack([further[0][:, 0], further[1][:, 1]], dim=1) if key == "peers" else further[0]
+    objective, outputs = in_objective(kind, tensors)
+    batch = batch_for(kind, tensors, torch.ones(N, dtype=torch.bool))
+    alone = [*tensors[:place], seen if kind.entry.own_views else tensors[place], *tensors[place + 1 :]]
+    want, _ = objective(*outputs(batch, alone), batch_for(kind, alone, batch.mask), progress=0.0, counts={kind.entry.name: N})
+    batch = replace(batch, others=tuple({key: x} for x in further))
+    got, _ = objective(*outputs(batch, tensors), batch, progress=0.0, counts={kind.entry.name: N})
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @every_loss

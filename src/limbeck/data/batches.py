@@ -20,7 +20,7 @@ from limbeck.data.text import Tokens, tokens_of
 from limbeck.data.views import Partners, beta, check_augment, image_views
 from limbeck.errors import LimbeckError, Problem, UsageError
 from limbeck.pixels import fit, normalise
-from limbeck.randomness import order, uniform
+from limbeck.randomness import order, seed_for, uniform
 from limbeck.recipe import Augment
 from limbeck.types import Batch, ImagePreprocessing, Inputs, Preprocessing, TensorPreprocessing, TextPreprocessing, member_input
 
@@ -225,10 +225,10 @@ def same_inputs(a: Preprocessing, b: Preprocessing) -> bool:
 class BatchBuilder:
     """Request to batch: a pure function that travels to loader workers by pickle.
 
-    The view is made once, on raw samples; then each model gets it in its own resolution and normalisation. Where both models want the
-    same preparation, ``Batch.teacher`` is the same object as ``Batch.student``. ``teacher``: a tuple of several, None in it for one that is not
-    asked. ``dtype``: of normalised images and of mixed labels; float
-    arrays keep their own.
+    The view is made once, on raw samples; then each model gets it in its own resolution and normalisation. Where both models want the same
+    preparation, ``Batch.teacher`` is the same object as ``Batch.student``. ``teacher``: a tuple of several, None in it for one that is not asked.
+    ``others``: how many further views of images there are beside the student's (``Batch.others``). ``dtype``: of normalised images and of mixed
+    labels; float arrays keep their own.
     """
 
     def __init__(
@@ -240,6 +240,7 @@ class BatchBuilder:
         augment: Augment | None = None,
         data_seed: int = 0,
         num_classes: int,
+        others: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         kind = split.source.kind
@@ -250,6 +251,7 @@ class BatchBuilder:
         self._ids, self._labels, self._rows = split.ids, split.labels, split.rows
         self._student, self._teachers, self._several = student, teachers, isinstance(teacher, tuple)
         self._augment, self._seed, self._classes = augment, data_seed, num_classes
+        self._others = [seed_for(data_seed, "another view", number) for number in range(others)] if augment is not None else []
         self._float: type[np.floating[Any]] = np.float64 if dtype == torch.float64 else np.float32
         # tokens are all that is needed of text: the texts themselves stay behind
         self._source = None if kind == "text" else split.source
@@ -278,26 +280,31 @@ class BatchBuilder:
         """The batch of a request; raises :class:`LimbeckError` where a file changed or cannot be read."""
         rows = request.rows
         labels = torch.from_numpy(self._labels[rows])
-        share = other = None
+        share = partners = None
         if self._partners is not None and self._augment is not None:
-            other = self._partners.of(rows, request.view)
+            partners = self._partners.of(rows, request.view)
             share = beta(self._ids[rows], self._augment.mixup, self._seed, "mixup", request.view)
-            labels = self._mixed_labels(rows, other, share)
-        raw, own = self._view(rows, request.view)
-        raw_other = self._view(other, request.view)[0] if other is not None else None
+            labels = self._mixed_labels(rows, partners, share)
+        mixed = [rows] if partners is None else [rows, partners]
 
-        def prepare(role: str, wanted: Preprocessing) -> Inputs:
+        def seen(seed: int) -> list[tuple[Raw | None, tuple[int, int] | None]]:
+            return [self._view(each, request.view, seed) for each in mixed]
+
+        def prepare(role: str, wanted: Preprocessing, raw: Sequence[tuple[Any, tuple[int, int] | None]]) -> Inputs:
             if isinstance(wanted, TextPreprocessing):
                 return self._tokens[role].batch(self._rows[rows])
-            values = self._prepare(raw, wanted, own)
-            if raw_other is not None and share is not None:
-                values = _mix(values, self._prepare(raw_other, wanted, own), share)
+            own = raw[0][1]
+            values = self._prepare(raw[0][0], wanted, own)
+            if share is not None:
+                values = _mix(values, self._prepare(raw[1][0], wanted, own), share)
             name = "image" if isinstance(wanted, ImagePreprocessing) else "x"
             return {name: torch.from_numpy(values)}
 
-        student = prepare("student", self._student)
+        shown = seen(self._seed)
+        student = prepare("student", self._student, shown)
+        others = tuple(prepare("student", self._student, seen(seed)) for seed in self._others)
         each = {
-            number: student if self._shared(wanted) else prepare(f"teacher {number}", wanted)
+            number: student if self._shared(wanted) else prepare(f"teacher {number}", wanted, shown)
             for number, wanted in enumerate(self._teachers)
             if wanted is not None
         }
@@ -305,10 +312,10 @@ class BatchBuilder:
         if self._several:
             teacher = {member_input(i, name): value for i, inputs in each.items() for name, value in inputs.items()} or None
         ids = self._ids[rows]
-        keys = ids if other is None else pair_ids(ids, self._ids[other])
-        return Batch(ids, request.view, student, teacher, labels, torch.full((len(rows),), request.counted), keys)
+        keys = ids if partners is None else pair_ids(ids, self._ids[partners])
+        return Batch(ids, request.view, student, teacher, labels, torch.full((len(rows),), request.counted), keys, others)
 
-    def _view(self, rows: Int64, view: int) -> tuple[Raw | None, tuple[int, int] | None]:
+    def _view(self, rows: Int64, view: int, seed: int) -> tuple[Raw | None, tuple[int, int] | None]:
         """Raw samples as this view shows them, and the (height, width) that they all had before."""
         if self._source is None:
             return None, None
@@ -316,7 +323,7 @@ class BatchBuilder:
         if self._source.kind != "image":
             return raw, None
         own = None if isinstance(raw, list) else raw.shape[1:3]
-        return raw if self._augment is None else image_views(raw, self._ids[rows], view, self._augment, self._seed), own
+        return raw if self._augment is None else image_views(raw, self._ids[rows], view, self._augment, seed), own
 
     def _mixed_labels(self, rows: Int64, other: Int64, share: npt.NDArray[np.float64]) -> Tensor:
         mixed = np.zeros((len(rows), self._classes), dtype=self._float)

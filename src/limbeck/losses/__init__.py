@@ -14,7 +14,7 @@ from limbeck.losses.exits import Byot, OfaExits, ofa
 from limbeck.losses.features import Correlation, Cosine, Hint
 from limbeck.losses.logits import cross_entropy, kd, kd_sparse
 from limbeck.losses.maps import Ofd, Review, Vid, attention_transfer, nst
-from limbeck.losses.peers import Kdcl, MeanTeacher, Mutual
+from limbeck.losses.peers import Kdcl, MeanTeacher, Mutual, Peers
 from limbeck.losses.relations import cka, correlation_rbf, dist, pkt, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.targets import dkd, nkd, wsld
 from limbeck.losses.transformers import minilm, minilm_v2, patient, tinybert_attention, tinybert_scores
@@ -35,6 +35,7 @@ __all__ = [
     "OfaExits",
     "Ofd",
     "Parameter",
+    "Peers",
     "PerClass",
     "Population",
     "Review",

@@ -180,11 +180,10 @@ class LossEntry:
     was published for several pairs of layers, the mean or the sum of theirs, or ``together``: it is a module that is built from, and called with, a
     list of the student's and a list of the teacher's, from the first stage to the last; None where a term compares one pair. but_last: published
     without the last pair. exits: a module that makes logits of a layer of the student, built as ``function(student_shape, classes, *, parameters)``.
-    also_at_one: it reads the teacher's probabilities at temperature 1 too.
-    part: what of a layer it reads, where that is not its output (:data:`limbeck.types.QKV`). weight: the
-    authors', beside cross entropy at 1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on
-    what it compares, and one on when that helps. source: where it was published. cost: the work of one step beside the models' own, in N items,
-    C classes, D features.
+    also_at_one: it reads the teacher's probabilities at temperature 1 too. own_views: models beside the student see each sample in views of their
+    own. part: what of a layer it reads, where that is not its output (:data:`limbeck.types.QKV`). weight: the authors', beside cross entropy at
+    1; 1 where they give none. example: a term's parameters, for listings and tests. summary: a sentence on what it compares, and one on when that
+    helps. source: where it was published. cost: the work of one step beside the models' own, in N items, C classes, D features.
 
     Where a loss is a function of features, the paths of their layers, ``student`` and ``teacher``, are parameters of the recipe that the
     function itself never sees.
@@ -210,6 +209,7 @@ class LossEntry:
     layers: Literal["mean", "sum", "together"] | None = None
     but_last: bool = False
     part: str = ""
+    own_views: bool = False
     exits: bool = False
     also_at_one: bool = False
 

@@ -503,6 +503,7 @@ _ROWS = (
         cost="N K C, and the steps of K - 1 peers",
         example={"temperature": 2.0},
         hard_labels=True,
+        own_views=True,
     ),
     LossEntry(
         name="mean_teacher",
@@ -516,6 +517,7 @@ _ROWS = (
         cost="N C, and a forward pass of the average",
         weight=100.0,
         example={"decay": 0.99},
+        own_views=True,
     ),
     LossEntry(
         name="byot",

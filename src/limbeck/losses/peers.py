@@ -27,11 +27,11 @@ class Peers(nn.Module):
     def __init__(self, models: Sequence[Any]) -> None:
         super().__init__()
         self.peers = nn.ModuleList(model.module for model in models)
-        self._models = list(models)
+        self.models = list(models)
 
-    def answers(self, inputs: Any) -> Tensor:
-        """The student's inputs -> (B, K - 1, C) logits of its peers."""
-        return torch.stack([raised(model(inputs)) for model in self._models], dim=1)
+    def answers(self, inputs: Sequence[Any]) -> Tensor:
+        """The inputs of each peer -> (B, K - 1, C) logits."""
+        return torch.stack([raised(model(own)) for model, own in zip(self.models, inputs, strict=True)], dim=1)
 
 
 def _together(student: Tensor, peers: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Mutual(Peers):
     q_k are the probabilities of student k, p_l those of student l as what they are (they get no gradient from teaching); the student of the run is
     one of the K, and its own ``cross_entropy`` belongs beside it, at weight 1. All are moved by one step; the authors move one after the other.
     Peers (``student.peers`` of the recipe) read the student's inputs in at least float32, have initial weights of their own, are in the checkpoints,
-    and are never exported. A weight other than 1 also scales what the peers learn from.
+    and are kept beside the student (``peer-0`` ..., as they are at the end), not in it. A weight other than 1 also scales what they learn from.
 
     student: (N, C), peers: (N, K - 1, C) logits. labels: (N,) int64 or (N, C) probabilities. Returns (N,) nats.
 
@@ -74,7 +74,7 @@ class Kdcl(Peers):
     p and q_k are softened by the temperature T. p is, for ``ensemble: min_logit``, the softmax of the smallest of the students' logits class by
     class, each student's logits taken from that of the label; for ``naive`` that of the student which has the smallest cross entropy with the
     label, for each sample. p gets no gradient. The student of the run is one of the K, and its own ``cross_entropy`` belongs beside it, at weight 1.
-    Peers are as in ``mutual``. The authors also give each student a view of its own, which is not done here: all see the student's.
+    Peers are as in ``mutual``, but where images are augmented each sees them in a view of its own, as with the authors.
 
     student: (N, C), peers: (N, K - 1, C) logits. labels: (N,) int64. Returns (N,) nats.
 
@@ -107,11 +107,11 @@ class Kdcl(Peers):
 class MeanTeacher(nn.Module):
     """``1 / C * sum over classes of (q - p)^2``, or ``T^2 KL(p || q)`` with ``cost: kl``: the student against the average of its own past weights.
 
-    q are the student's probabilities, p those of its average (at the temperature T for kl), which answers in eval mode and gets no gradient. Behind
-    each optimiser step the average moves to a times itself and 1 - a times the student, batch statistics too, a = min(1 - 1 / (t + 1), decay) in
-    step t. It learns from all samples, and needs no labels, so it also makes unlabelled ones count without any teacher; beside it belongs
-    ``cross_entropy``. The average is in the checkpoints, and never exported (``train.ema`` averages the student that is). Both see the same view of a
-    sample; the authors give each its own.
+    q are the student's probabilities, p those of its average (at the temperature T for kl), which answers in eval mode and gets no gradient.
+    Behind each optimiser step the average moves to a times itself and 1 - a times the student, batch statistics too, a = min(1 - 1 / (t + 1),
+    decay) in step t. It learns from all samples, and needs no labels, so it also makes unlabelled ones count without any teacher; beside it
+    belongs ``cross_entropy``. The average is in the checkpoints, and never exported (``train.ema`` averages the student that is). Where images
+    are augmented it sees them in a view of its own, as with the authors.
 
     student, average: (N, C) logits. Returns (N,), 0 where both agree. The authors take decay 0.99 at first and 0.999 later, and raise the weight
     to 100 (mse) over the first epochs: ``weight: {start: 0, end: 100, until: 0.2}``.
@@ -150,10 +150,10 @@ class MeanTeacher(nn.Module):
         self._followed = [student]
 
     @torch.no_grad()
-    def answers(self, inputs: Any) -> Tensor:
-        """The student's inputs -> (B, C) logits of its average."""
+    def answers(self, inputs: Sequence[Any]) -> Tensor:
+        """The inputs of the average, alone -> (B, C) logits."""
         assert self._ask is not None
-        return raised(self._ask(inputs))
+        return raised(self._ask(inputs[0]))
 
     @torch.no_grad()
     def stepped(self, keep: bool = True) -> None:

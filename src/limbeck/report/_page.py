@@ -13,7 +13,21 @@ from . import _format as fmt
 from ._answers import classes, confusions, reliability, samples
 from ._charts import Point
 from ._deployment import deployment
-from ._measures import BY_KEY, MEASURES, SHARES, Cell, Chart, Table, deviation, interval, measured, model_name, primary, write_primary
+from ._measures import (
+    BY_KEY,
+    MEASURES,
+    SHARES,
+    Cell,
+    Chart,
+    Measure,
+    Table,
+    deviation,
+    interval,
+    measured,
+    model_name,
+    primary,
+    write_primary,
+)
 from ._read import Run, number, section
 
 __all__ = ["Chart", "Table", "headline", "sections"]
@@ -143,26 +157,43 @@ def results(run: Run) -> Table:
         marks = measure.better and len(known) > 1 and len(set(known)) > 1
         row: list[Cell | str] = [Cell(measure.name, note=measure.meaning)]
         for role, value in values.items():
-            spread = deviation(run, role, measure.key) if measure.spread else None
-            note = ""
-            if value is not None and spread:
-                note = f"± {fmt.fixed(100 * spread, 2) if measure.key in SHARES else fmt.fixed(spread, 4)}"
+            note = _spread(measure, deviation(run, role, measure.key)) if value is not None else ""
             row.append(Cell(measure.write(value), "best" if marks and value == best else "", note))
         rows.append(row)
     return Table(["", *run.roles], rows)
 
 
+def _spread(measure: Measure, spread: float | None) -> str:
+    if not measure.spread or not spread:
+        return ""
+    return f"± {fmt.fixed(100 * spread, 2) if measure.key in SHARES else fmt.fixed(spread, 4)}"
+
+
 def members(run: Run) -> Table | None:
     """Several teachers, each for itself."""
     found = run.model("teacher").get("members")
+    return _each(found, [f"teacher {i + 1} of {len(found)}" for i in range(len(found))]) if isinstance(found, list) else None
+
+
+def peers(run: Run) -> Table | None:
+    """What learned beside the student, below the student itself."""
+    student = run.model("student")
+    found = student.get("peers")
     if not isinstance(found, list):
         return None
-    shown = [m for m in MEASURES if any(number(m.value(section({"m": one}, "m"))) is not None for one in found)]
+    own = {**student, "model": model_name(run, "student")}
+    return _each([own, *found], ["student", *(f"peer-{i}" for i in range(len(found)))])
+
+
+def _each(found: list[Any], names: list[str]) -> Table:
+    """Models, one a row."""
+    models = [section({"m": one}, "m") for one in found]
+    shown = [m for m in MEASURES if any(number(m.value(own)) is not None for own in models)]
     rows: list[list[Cell | str]] = []
-    for i, one in enumerate(found):
-        own = section({"m": one}, "m")
-        name = Cell(f"teacher {i + 1} of {len(found)}", note=str(own.get("model") or ""))
-        rows.append([name, *(m.write(number(m.value(own))) for m in shown)])
+    for own, name in zip(models, names, strict=True):
+        std = section(own, "metrics_std")
+        cells = [Cell(m.write(number(m.value(own))), note=_spread(m, number(std.get(m.key)))) for m in shown]
+        rows.append([Cell(name, note=str(own.get("model") or "")), *cells])
     return Table(["", *(m.name for m in shown)], rows)
 
 
@@ -387,6 +418,7 @@ def sections(run: Run) -> dict[str, Any]:
         "models": {"teacher": model_name(run, "teacher"), "student": model_name(run, "student")},
         "results": results(run),
         "members": members(run),
+        "peers": peers(run),
         "data": data_sentence(run),
         "method": section(run.metrics, "interval").get("method"),
         "seeds": seed_table(run),
