@@ -51,6 +51,8 @@ KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log"
 TEACHER = ("unit/test_teacher.py",)
 CRD = ("unit/test_crd.py",)
 PEERS = ("e2e/test_peers.py",)
+KILLED_PEERS = ("e2e/test_peers.py::test_killed_between_the_student_and_its_peers",)
+BATCHES = ("unit/test_data_batches.py",)
 LENT = ("e2e/test_peers.py::test_a_sweep_lends_a_baseline_of_the_same_budget_alone",)
 TWINS = ("e2e/test_ensemble.py::test_two_of_one_kind_are_two",)
 STAGED_AVERAGE = ("e2e/test_peers.py::test_two_stages_move_one_average_once",)
@@ -59,7 +61,6 @@ OF_TEACHERS = ("e2e/test_ensemble.py::test_the_teacher_of_the_report_is_what_the
 FORGETS = ("e2e/test_ensemble.py::test_a_member_goes_on_as_it_began",)
 BASELINE = ("unit/test_baseline.py",)
 VIEWS = ("unit/test_data_views.py",)
-BATCHES = ("unit/test_data_batches.py",)
 SPLITS = ("unit/test_data_splits.py",)
 STAGES = ("unit/test_stages.py",)
 ALIKE = ("e2e/test_gathered.py::test_ranks_with_other_numbers_of_microbatches_go_together",)
@@ -550,6 +551,17 @@ MUTANTS = (
         PEERS,
     ),
     Mutant("peers-begin-as-the-student", "_begin.py", 'own = seed_for(seed, "peer", number)', "own = seed", PEERS),
+    Mutant(
+        "a-finished-peer-is-not-read-back",
+        "_roles.py",
+        "zip([student, *peers], states, strict=True)",
+        "zip([student], states)",
+        KILLED_PEERS,
+    ),
+    Mutant("peers-of-one-seed-are-told", "_results.py", "_over_seeds(list(peer), best)", "peer[best]", PEERS),
+    Mutant("all-have-views-of-their-own", "objective.py", "batch.others if self.entry.own_views else ()", "batch.others", LOSSES),
+    Mutant("nobody-has-a-view-of-its-own", "objective.py", "own[:count] or (batch.student,) * count", "(batch.student,) * count", LOSSES),
+    Mutant("a-view-of-its-own-that-is-not", "data/batches.py", 'seed_for(data_seed, "another view", number)', "data_seed", BATCHES),
     Mutant("a-baseline-of-its-own-feed", "_parts.py", "if taught and self.labelled is not", "if self.labelled is not", PEERS),
     # --- several teachers
     Mutant("probabilities-averaged-at-one", "ensemble.py", "(each / self.temperature).log_softmax(-1)", "each.log_softmax(-1)", ENSEMBLE),
