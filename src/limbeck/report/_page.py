@@ -186,9 +186,10 @@ def peers(run: Run) -> Table | None:
 
 
 def _each(found: list[Any], names: list[str]) -> Table:
-    """Models, one a row."""
+    """Models, one a row, by as many measures as a page is wide."""
     models = [section({"m": one}, "m") for one in found]
-    shown = [m for m in MEASURES if any(number(m.value(own)) is not None for own in models)]
+    narrow = [m for m in MEASURES if m.key not in ("p95", "throughput")]
+    shown = [m for m in narrow if any(number(m.value(own)) is not None for own in models)]
     rows: list[list[Cell | str]] = []
     for own, name in zip(models, names, strict=True):
         std = section(own, "metrics_std")
