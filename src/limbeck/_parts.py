@@ -62,9 +62,8 @@ class Parts:
     ) -> None:
         self.recipe, self.data, self.student, self.teacher, self.ranks = recipe, data, student, teacher, ranks
         self.augment = augmentation(recipe.data.augment, data)
-        views = recipe.teacher_cache.views
         # without augmentation every view of a sample is the same
-        self.views = 1 if self.augment is None else None if views == "live" else views
+        self.views = 1 if self.augment is None else recipe.views
         self.batch_statistics = batch_statistics  # of the model that is trained: a last batch of one sample is then left out
         self.build_peers: Callable[[int], list[Model]] = lambda seed: []
         self.shapes_student: list[dict[str, tuple[int, ...]]] = []  # of each stage

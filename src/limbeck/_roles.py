@@ -217,7 +217,8 @@ def train_teacher(job: Job, teacher: Model, device: torch.device, progress: Prog
     given = spec.train.model_dump(exclude_none=True, exclude={"if_needed"})
     # names of blocks are those of the student
     given |= {"ema": None, "select": "last", "stages": None, "gradient_checkpointing": job.recipe.train.gradient_checkpointing is True}
-    recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update=given)})
+    cache = job.recipe.teacher_cache.model_copy(update={"views": "live"})  # nobody is asked for answers
+    recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update=given), "teacher_cache": cache})
     which = "The teacher" if job.number is None else f"Teacher {job.number}"
     progress.say(f"{which} is trained first, on the labelled data: {recipe.train.epochs} epochs.")
     ranks = job.ranks

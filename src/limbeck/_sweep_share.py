@@ -49,7 +49,7 @@ def baseline_key(recipe: Recipe) -> str:
     for stage in plain["train"]["stages"] or []:
         stage.pop("objective")
     whole = recipe.teacher is not None or reads_unlabelled(recipe)  # its steps are those of the student
-    return _text([plain, [_cross_entropy(terms) for terms in recipe.objectives], recipe.teacher_cache.views, whole])
+    return _text([plain, [_cross_entropy(terms) for terms in recipe.objectives], recipe.views, whole])
 
 
 def teacher_keys(recipe: Recipe) -> list[str | None]:
@@ -70,7 +70,7 @@ def teacher_key(recipe: Recipe, teacher: TeacherSpec, number: int = 0) -> str | 
     }
     model = teacher.model_dump(mode="json", include={"model", "weights", "options"})
     data = recipe.data.model_dump(mode="json")
-    return _text([model, train, data, recipe.task, recipe.seed, number, _cross_entropy(recipe.objective), recipe.teacher_cache.views])
+    return _text([model, train, data, recipe.task, recipe.seed, number, _cross_entropy(recipe.objective)])
 
 
 def without_numbers(recipe: Recipe, train: Iterable[str]) -> dict[str, Any]:

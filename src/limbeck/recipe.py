@@ -278,7 +278,8 @@ class TeacherCache(Section):
     path: Text | None = None
     """A folder for the caches of any number of teachers; null: LIMBECK_CACHE, or limbeck/teachers in the user's cache folder."""
     views: Count | Literal["live"] = 16
-    """How many augmented versions of a sample there are: view = epoch mod views. live: a new one every epoch, and the teacher in every step."""
+    """How many augmented versions of a sample there are: view = epoch mod views. live: a new one every epoch, and the teacher in every step.
+    Without a teacher there is a new one every epoch."""
     store: Literal["logits", "features", "both"] | None = None
     """null: what the objective reads."""
     codec: Literal["float16", "float32", "sparse"] = "float16"
@@ -317,6 +318,12 @@ class Recipe(Section):
     def teachers(self) -> list[TeacherSpec]:
         """The models to learn from, in the order of the recipe; none, one, or several."""
         return [] if self.teacher is None else self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+    @property
+    def views(self) -> int | None:
+        """How many augmented versions of a sample there are; None: a new one every epoch, where that is asked for or there is no teacher to pay."""
+        views = self.teacher_cache.views
+        return None if views == "live" or not self.teachers else views
 
     def with_teachers(self, teachers: list[TeacherSpec]) -> Recipe:
         """The same recipe with these in place of its :attr:`teachers`, as many."""

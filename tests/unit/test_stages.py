@@ -15,7 +15,7 @@ from torch import nn
 
 from limbeck._parts import Parts
 from limbeck._teaching import Answers
-from limbeck.data import Data, Plan, Request, data_from_python, nested
+from limbeck.data import Data, Plan, Request, data_from_python, load_data, nested
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, UsageError
 from limbeck.loop import learning_rate
@@ -426,3 +426,14 @@ class TestRecipe:
         assert recipe.train.stages is None
         assert recipe.stages == [Stage(epochs=3)]
         assert recipe.terms == recipe.objective
+
+
+@pytest.mark.parametrize(("teacher", "views"), [(None, 20), ("timm:resnet50", 16)])
+def test_views_are_repeated_only_where_a_teacher_is_asked_for_each(teacher: str | None, views: int) -> None:
+    """Without one there is nothing to pay, and a new view in every epoch."""
+    plain: dict[str, Any] = {"student": "timm:resnet18", "data": {"source": "digits", "augment": {"crop": 1}}, "train": {"epochs": 20}}
+    recipe = build_recipe({**plain, **({"teacher": teacher} if teacher else {})}, command="distill" if teacher else "train")
+    data = load_data(recipe.data, recipe.task, Path())
+    wanted = ImagePreprocessing(1, (0.5,), (0.5,))
+    plan = Parts(recipe, data, wanted, wanted).feed(recipe, with_teacher=teacher is not None).plan
+    assert {plan.request(step).view for step in range(plan.total_steps)} == set(range(views))
