@@ -160,7 +160,7 @@ def outcome(runs: Path, label: str, method: Method, recipe: dict[str, Any], quic
 
     def sweep(weights: Sequence[float], name: str) -> dict[float, dict[str, Any]]:
         recipe_file = written(runs / f"{name}.yaml", {**recipe, "objective": weighted(method, weights[0])}, quick)
-        varied = f"objective.0.weight={','.join(f'{w:g}' for w in weights)}"
+        varied = f"objective.0.weight={','.join(map(str, weights))}"
         limbeck("sweep", recipe_file, "--vary", varied, "--no-baseline", "--out", runs / name)
         return dict(zip(weights, read(runs / name / "sweep.json")["rows"], strict=True))
 

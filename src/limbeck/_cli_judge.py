@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from limbeck.errors import Problem, UsageError, nearest
+from limbeck.errors import Problem, UsageError, nearest, not_a_run
 
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
@@ -68,7 +68,7 @@ def check_run(run: str, problems: list[Problem]) -> Path:
     if not os.path.isdir(folder):
         problems.append(no_such(folder, "folder"))
     elif not (folder / "recipe.yaml").is_file():
-        problems.append(Problem("", f"'{run}' is not a run: it has no recipe.yaml."))
+        problems.append(Problem(f"'{run}'", *not_a_run(folder)))
     elif not (folder / "metrics.json").is_file():
         problems.append(Problem("", f"the run '{run}' is not finished: it has no metrics.json.", f"Go on with it: --resume --out {run}"))
     return folder

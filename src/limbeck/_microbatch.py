@@ -235,7 +235,8 @@ class _Work:
         optimizer = sum(_bytes(v) for state in states for v in state.values() if isinstance(v, Tensor))
         gradients = sum(_bytes(p) for m in modules for p in m.parameters() if p.requires_grad)
         weights = sum(_bytes(t) for t in (*self._model.module.parameters(), *self._model.module.buffers()))
-        ready = sum(_bytes(v) for v in self._batch.student.values()) * (4 if self._engine.device.type == "cpu" else 2)
+        inputs = (self._batch.student, *self._batch.others)
+        ready = sum(_bytes(v) for each in inputs for v in each.values()) * (4 if self._engine.device.type == "cpu" else 2)
         apart = (
             1 + len(self._objective.balanced) if self._objective.balanced else 0
         )  # a step that measures keeps the terms' gradients apart

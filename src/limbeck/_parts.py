@@ -239,14 +239,14 @@ class Parts:
 
     def first_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
         """One microbatch of the first step of the stage that is measured; a few rows where their number is not known yet."""
-        feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
+        feed = self.feed(recipe, with_teacher=with_teacher, ask=ask, others=True)
         batch = feed.builder(feed.plan.request(feed.plan.starts[self.measured]))
         cut = recipe.train.accumulate
         return batch.part(0, min(FEW, len(batch)) if cut == "auto" else -(-len(batch) // cut))
 
     def widest_batch(self, recipe: Recipe, *, with_teacher: bool, ask: bool = False) -> Batch:
         """One rank's share of the step of an epoch that takes the most memory: with texts, the one of the most tokens, padding included."""
-        feed = self.feed(recipe, with_teacher=with_teacher, ask=ask)
+        feed = self.feed(recipe, with_teacher=with_teacher, ask=ask, others=True)
         plan = feed.plan.plans[self.measured]
         requests = [plan.request(step) for step in range(plan.steps_per_epoch)] if self.student.kind == "text" else [plan.request(0)]
         lengths = self.lengths(self.data.train if with_teacher or self.unlabelled_too else self.labelled, self.staged[self.measured])
@@ -476,7 +476,7 @@ def reads_unlabelled(recipe: Recipe) -> bool:
 def _others(recipe: Recipe, terms: Sequence[Term]) -> int:
     """How many models beside the student see samples in views of their own."""
     entries = [LOSSES[term.loss] for term in terms if LOSSES[term.loss].own_views]
-    return max((len(recipe.student.peers) if "peers.logits" in entry.reads else 1 for entry in entries), default=0)
+    return sum(len(recipe.student.peers) if "peers.logits" in entry.reads else 1 for entry in entries)
 
 
 def _size(wanted: Preprocessing) -> int:

@@ -435,7 +435,7 @@ def make_plan(job: Asked, begun: Beginning, recipe: Recipe, progress: Progress) 
     # The loader of a step without the teacher's inputs, where they are of another kind.
     loader, first = few.seconds, few.batches[0]
     if first.teacher is not None and first.teacher is not first.student:
-        alone = parts.feed(recipe, with_teacher=True)
+        alone = parts.feed(recipe, with_teacher=True, others=True)
         loader = _batches(alone.plan.plans[parts.measured], alone.builder, lengths).seconds
     threads = _threads(device)
     fill_row, working = _fill_row(begun, teacher, recipe, kept, threads) if isinstance(teacher, LiveTeacher) else (None, 0)

@@ -146,7 +146,7 @@ def _over_seeds(rows: list[dict[str, Any]], best: int) -> dict[str, Any]:
     }
     if "agreement" in chosen:
         joined["agreement"] = statistics.fmean(row["agreement"] for row in rows)
-    if "peers" in chosen:
+    if all("peers" in row for row in rows):
         joined["peers"] = [_over_seeds(list(peer), best) for peer in zip(*(row["peers"] for row in rows), strict=True)]
     return joined
 

@@ -21,6 +21,7 @@ from limbeck.cache import CachedTeacher, TableTeacher
 from limbeck.data import choose_workers
 from limbeck.engine import Engine
 from limbeck.ensemble import Mixing
+from limbeck.errors import Problem, UsageError
 from limbeck.loop import Feed, Recorder, Trained, asking, fit
 from limbeck.models import Model, save_model, state_hash
 from limbeck.objective import Objective, StagedObjective
@@ -187,6 +188,9 @@ def _fit_once(
     peers: list[Model] = objective.peers()
     if found is not None:
         states = [found[1]["student"], *found[1].get("peers", [])]
+        if len(states) <= len(peers):
+            text = f"the training of {final.parent} ended under a version of Limbeck that did not keep the student's peers."
+            raise UsageError(Problem("--resume", text, "Run it again into another --out."))
         for model, state in zip([student, *peers], states, strict=True):
             engine.place(model.module)
             model.module.load_state_dict(state)

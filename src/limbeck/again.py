@@ -14,7 +14,7 @@ from limbeck._parts import Parts
 from limbeck._results import figures
 from limbeck.data import Data, load_data
 from limbeck.engine import Engine, choose_device
-from limbeck.errors import Problem, Stopped, UsageError
+from limbeck.errors import Problem, Stopped, UsageError, not_a_run
 from limbeck.export import FORMATS
 from limbeck.models import load_saved
 from limbeck.recipe import Recipe
@@ -25,14 +25,14 @@ __all__ = ["evaluate_run", "export_run"]
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
-    """Measure the student (and the baseline) of a run on its test split, on this machine, now; nothing is written.
+    """Measure the student (its peers, the baseline) of a run on its test split, on this machine, now; nothing is written.
 
     Returns {"models": {role: figures}}, each as in metrics.json, and {"recorded": {role: accuracy}} from the run's own metrics.
     """
     recipe, data = _of(run)
     device = choose_device("auto")
     models = {}
-    for role in ("student", "baseline"):
+    for role in ("student", *sorted(path.name for path in run.glob("peer-*")), "baseline"):
         if (run / role / "model.json").is_file():
             model = load_saved(run / role)
             engine = Engine(device, "float64" if recipe.train.precision == "float64" else "float32")
@@ -94,7 +94,7 @@ def export_run(
 def _of(run: Path) -> tuple[Recipe, Data]:
     """The recipe and the data of a run."""
     if not (run / "recipe.yaml").is_file():
-        raise UsageError(Problem(str(run), "is not a run: it has no recipe.yaml."))
+        raise UsageError(Problem(str(run), *not_a_run(run)))
     recipe = read_recipe(run)
     if recipe.data.source == "python":
         raise UsageError(
@@ -133,4 +133,5 @@ def _recorded(run: Path) -> dict[str, dict[str, float]]:
     if "runs" in metrics:
         [best] = [row for row in metrics["runs"] if row["seed"] == metrics["best_seed"]]
         return {role: found for role, found in best.items() if role != "seed"}
-    return {role: model["metrics"] for role, model in metrics["models"].items()}
+    peers = {f"peer-{n}": peer["metrics"] for n, peer in enumerate(metrics["models"]["student"].get("peers", []))}
+    return peers | {role: model["metrics"] for role, model in metrics["models"].items()}

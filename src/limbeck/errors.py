@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = [
     "DiskFull",
@@ -21,6 +22,7 @@ __all__ = [
     "UsageError",
     "missing_extra",
     "nearest",
+    "not_a_run",
 ]
 
 
@@ -101,6 +103,16 @@ def listed(names: Sequence[str], limit: int = 12) -> str:
     """``a, b, c and 7 more``."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def not_a_run(folder: Path) -> tuple[str, str]:
+    """What is wrong with a folder that holds no run, and a way out where it is a model inside one."""
+    inside = (
+        "It is a model inside a run, for --teacher and limbeck.load; this command takes the run."
+        if (folder / "model.json").is_file()
+        else ""
+    )
+    return "is not a run: it has no recipe.yaml.", inside
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UsageError:

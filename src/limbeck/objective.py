@@ -180,6 +180,10 @@ class Objective(nn.Module):
         super().__init__()
         self.terms = nn.ModuleList(terms)
         self._each = tuple(terms)
+        views = 0
+        for term in terms:
+            term.first_view = views
+            views += term.beside if term.entry.own_views else 0
         self.names = tuple(t.name for t in terms)
         self.student_needs, self.teacher_needs = needs_of([t.term for t in terms])
         self.needs_teacher = self.teacher_needs.logits or bool(self.teacher_needs.features)
@@ -427,6 +431,7 @@ class _Term(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.term = name, term
+        self.first_view = 0  # of the batch's others
         self.entry = LOSSES[term.loss]
         self.layers = self.entry.paths(term.model_extra or {})
         self.of_labels = "labels" in self.entry.reads
@@ -493,6 +498,11 @@ class _Term(nn.Module):
     @property
     def relational(self) -> bool:
         return not self.entry.per_item
+
+    @property
+    def beside(self) -> int:
+        """How many models beside the student answer for it."""
+        return len(self.loss.models) if isinstance(self.loss, Peers) else int(isinstance(self.loss, MeanTeacher))
 
     @property
     def counted(self) -> tuple[bool, bool]:
@@ -566,9 +576,8 @@ class _Term(nn.Module):
         if what == "labels":
             return batch.labels
         if what in ("peers.logits", "average.logits"):
-            count = len(self.loss.models) if what == "peers.logits" else 1
-            own = batch.others if self.entry.own_views else ()
-            return self.loss.answers(own[:count] or (batch.student,) * count)
+            own = batch.others[self.first_view :] if self.entry.own_views else ()
+            return self.loss.answers(own[: self.beside] or (batch.student,) * self.beside)
         if what == "samples":
             assert self._population is not None
             one: Any = self.loss[number] if isinstance(self.loss, nn.ModuleList) else self.loss

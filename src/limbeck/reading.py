@@ -315,11 +315,13 @@ def _of_peers(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> Iterator[P
     if there and not reading:
         text = "has no effect: no term of the objective learns with peers."
         yield Problem("student.peers", text, "Add {loss: mutual} or {loss: kdcl}, or leave it out.")
-    for number, (where, loss) in enumerate(reading.items()):
+    firsts: dict[str, str] = {}  # by stage
+    for where, loss in reading.items():
+        first = firsts.setdefault(where.rpartition(".")[0], where)
         if not there:
             yield Problem(f"{where}.loss", f"{loss} learns with peers, and the student has none.", "Name them: student: {peers: [MODEL]}.")
-        elif number and where.rpartition(".")[0] == next(iter(reading)).rpartition(".")[0]:
-            yield Problem(f"{where}.loss", f"{loss} would train the peers of {next(iter(reading))} once more.", "Leave one of the two out.")
+        elif first != where:
+            yield Problem(f"{where}.loss", f"{loss} would train the peers of {first} once more.", "Leave one of the two out.")
 
 
 def _of_several(plain: Mapping[str, Any], terms: Mapping[str, Term]) -> list[Problem]:

@@ -120,7 +120,7 @@ class StudentSpec(ModelSpec):
     """The model to train."""
 
     peers: list[ModelSpec] = []
-    """Models that learn beside it in the same steps, for the losses mutual and kdcl; they read its inputs, and are not kept."""
+    """Models that learn beside it in the same steps, for the losses mutual and kdcl; they read its inputs, and are kept beside it."""
 
 
 class TeacherSpec(ModelSpec):

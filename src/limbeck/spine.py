@@ -44,7 +44,7 @@ from limbeck.data import SKIPPED, Data, choose_workers, skipped_csv, text_of, th
 from limbeck.engine import Engine
 from limbeck.ensemble import Ensemble, Mixing
 from limbeck.errors import Interrupted, Problem, Stopped, UsageError
-from limbeck.evaluate import metrics
+from limbeck.evaluate import agreement, metrics
 from limbeck.export import export_model
 from limbeck.loop import Trained
 from limbeck.models import Model, load_into, which_blocks
@@ -450,11 +450,12 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
                 if ranks.main:
                     speed = None if lender is None else _speed_of(lender, shared.environment)
                     measured[role] = figures(student, logits[role], data.test.labels, parts.samples(), shared.exact, speed)
-        if peers and not ranks.teaching:
+        for peer, spec in zip(peers, recipe.student.peers if peers else (), strict=True):
             stop.between("the evaluation of the peers")
-            told_of = [_evaluate_peer(peer, spec.model, shared) for peer, spec in zip(peers, recipe.student.peers, strict=True)]
-            if ranks.main:
-                measured["student"]["peers"] = told_of
+            if not ranks.teaching:
+                found = _evaluate_peer(peer, spec.model, logits.get("teacher"), shared)
+                if ranks.main:
+                    measured["student"].setdefault("peers", []).append(found)
         stop.between("the export")
         shared.cost.ask_ranks()
         if not ranks.main:  # the rest is written, which one rank does
@@ -532,14 +533,15 @@ def _lent(lender: Path, folder: Path, baseline: Model, ranks: Ranks, engine: Eng
     return Trained(0, 0.0, 0), snapshot(baseline.module)
 
 
-def _evaluate_peer(peer: Model, name: str, shared: Shared) -> dict[str, Any]:
-    """What learned beside the student, on the test split; the figures on the main rank alone."""
+def _evaluate_peer(peer: Model, name: str, teacher: np.ndarray[Any, Any] | None, shared: Shared) -> dict[str, Any]:
+    """What learned beside the student, on the test split; the figures on the main rank alone. teacher: its logits, where there is one."""
     parts = shared.parts
     shared.exact.place(peer.module)
     logits = parts.logits(peer, parts.data.test, shared.exact)
     if not shared.ranks.main:
         return {}
-    return {"model": name, **figures(peer, logits, parts.data.test.labels, parts.samples(), shared.exact)}
+    found = {"model": name, **figures(peer, logits, parts.data.test.labels, parts.samples(), shared.exact)}
+    return found if teacher is None else {**found, "agreement": agreement(logits, teacher)}
 
 
 def _evaluate_teacher(shared: Shared) -> Told | None:

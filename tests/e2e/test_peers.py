@@ -53,7 +53,7 @@ def test_the_student_leaves_alone_and_is_compared_with_itself_alone(there: Path,
     assert "trained on labels alone" in html
 
 
-def test_the_peers_are_kept_and_measured(there: Path, tmp_path: Path) -> None:
+def test_the_peers_are_kept_and_measured(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each by itself, as any model of a run; by another program's arithmetic it is as good as the figures say."""
     told = read(there / "run/metrics.json")["models"]["student"]["peers"]
     assert [peer["model"].rpartition(":")[2] for peer in told] == ["teacher", "student"]
@@ -69,6 +69,13 @@ def test_the_peers_are_kept_and_measured(there: Path, tmp_path: Path) -> None:
     assert weights(there / "run/peer-1") != weights(there / "run/student")
     html = (there / "run/report.html").read_text(encoding="utf-8")
     assert "The student and its peers" in html
+    capsys.readouterr()
+    assert limbeck("evaluate", there / "run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"]["peer-1"]["metrics"] == told[1]["metrics"]
+    assert found["recorded"]["peer-0"] == told[0]["metrics"]["accuracy"]
+    assert limbeck("export", there / "run/peer-0") == 2
+    assert "It is a model inside a run, for --teacher and limbeck.load" in " ".join(capsys.readouterr().err.split())
     metrics = run("distill", recipe(there, "taught.yaml"), "--teacher", there / "run/peer-0", out=tmp_path / "taught")
     assert metrics["models"]["teacher"]["metrics"] == told[0]["metrics"]
 

@@ -376,6 +376,21 @@ class TestRanks:
             assert "Traceback" not in told
             assert not (tmp_path / "run").exists()
 
+    def test_peers_learn_beside_it(self, there: Path, tmp_path: Path) -> None:
+        """They are trained and measured by ranks that train; the one that teaches goes along to the end."""
+        student = {"model": "python:nets.py:student", "peers": ["python:nets.py:student"]}
+        objective = [{"loss": "kd"}, {"loss": "kdcl"}, {"loss": "cross_entropy"}]
+        changes: dict[str, Any] = {"student": student, "objective": objective, "export": []}
+        run("distill", placed(there, "same", **changes), out=tmp_path / "same")
+        path = placed(there, "ranks:1", **changes)
+        codes, said = ended(ranks(2, "distill", path, "--out", tmp_path / "run", said=tmp_path / "said"))
+        assert codes == [0, 0], said
+        for role in ("student", "peer-0", "baseline"):
+            assert weights(tmp_path / "run" / role) == weights(tmp_path / "same" / role)
+        [peer], [other] = (read(tmp_path / name / "metrics.json")["models"]["student"]["peers"] for name in ("run", "same"))
+        assert peer["metrics"] == pytest.approx(other["metrics"])
+        assert peer["agreement"] == other["agreement"]
+
     def test_several_seeds_and_a_teacher_that_is_trained_first(self, there: Path, tmp_path: Path) -> None:
         teacher = {"model": "python:nets.py:teacher", "train": {"epochs": 1}, "placement": "ranks:1"}
         path = recipe(there, "seeds.yaml", **{**COMMON, "teacher": teacher})

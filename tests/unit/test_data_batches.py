@@ -58,8 +58,17 @@ def test_further_views_are_draws_of_their_own_and_change_nothing_else() -> None:
     for inputs, picture in zip(few.others, pictures[1:], strict=True):
         assert torch.equal(inputs["image"][0], picture[39 - 7])
     assert not torch.equal(build(Request(5, 1, 2, request.rows)).others[0]["image"], pictures[1])
-    plain = BatchBuilder(split, student=PLAIN, num_classes=3, others=2)(request)
-    assert plain.others == ()  # without augmentation all views are the student's
+    for same in (None, Augment(mixup=0.4)):  # where nothing is drawn for a view, all are the student's
+        assert BatchBuilder(split, student=PLAIN, augment=same, num_classes=3, others=2)(request).others == ()
+
+
+def test_further_views_read_no_sample_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, read = images(10), []
+    real = ArrayImages.read
+    monkeypatch.setattr(ArrayImages, "read", lambda self, rows: read.append(len(rows)) or real(self, rows))
+    augment = Augment(flip=True, mixup=0.3)
+    BatchBuilder(split, student=PLAIN, augment=augment, num_classes=3, others=3)(whole(split))
+    assert read == [10, 10]  # and those that they are mixed with
 
 
 def test_further_views_go_where_the_batch_goes() -> None:

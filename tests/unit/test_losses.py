@@ -614,6 +614,22 @@ def test_models_beside_the_student_see_views_of_their_own_where_that_was_publish
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_two_losses_take_views_of_their_own_each() -> None:
+    kinds = [Kind(LOSSES[name], "classes") for name in ("kdcl", "mean_teacher")]
+    drawn = [draw(kind) for kind in kinds]
+    student, labels = drawn[0][0], drawn[0][2]
+    peers, average = drawn[0][1], drawn[1][1]
+    terms = [Term.model_validate({"loss": kind.entry.name}) for kind in kinds]
+    made: Any = {"peers": [Peer(0), Peer(1)], "student": Peer(-1)}
+    objective = Objective.build(terms, classes=[str(c) for c in range(C)], label_counts=[1] * C, **made)
+    batch = batch_for(kinds[0], drawn[0], torch.ones(N, dtype=torch.bool))
+    batch = replace(batch, student={}, others=({"peers": peers}, {"peers": peers}, {"average": average}))
+    _, found = objective(Outputs(student, {}), None, batch, progress=0.0, counts={"kdcl": N, "mean_teacher": N})
+    want = {"kdcl": kinds[0].entry.function([])(student, peers, labels), "mean_teacher": kinds[1].entry.function()(student, average)}
+    for name, values in want.items():
+        assert float(found[name]) == pytest.approx(float(values.mean()))
+
+
 @every_loss
 def test_the_cut_does_not_matter(kind: Kind) -> None:
     if not kind.entry.per_item:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,6 +269,11 @@ def test_shared_memory_that_is_too_small_is_noticed(monkeypatch: pytest.MonkeyPa
     assert [float(batch.student["x"][0, 0]) for _, batch in found] == [0, 1, 2, 3, 4]
     assert used == ([workers] if workers else [])
     assert (said in told[0]) if said else told == []
+
+
+def test_further_views_go_through_shared_memory_too() -> None:
+    batch = Built()(requests(1)[0])
+    assert loader._shared_bytes(replace(batch, others=(batch.student,) * 2)) == loader._shared_bytes(batch) + 2 * 8 * 1000 * 4
 
 
 def test_ranks_share_it(monkeypatch: pytest.MonkeyPatch) -> None:

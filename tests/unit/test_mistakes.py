@@ -108,6 +108,11 @@ READING = {
         + "objective: [cross_entropy, mutual, kdcl]\n",
         "objective.2.loss: kdcl would train the peers of objective.1 once more",
     ),
+    "peers that are taught twice in a later stage": recipe(
+        ALONE.replace("student: python:models.py:net", "student: {model: 'python:models.py:net', peers: ['python:models.py:net']}")
+        + "train: {stages: [{epochs: 1, objective: [cross_entropy, kdcl]}, {epochs: 1, objective: [cross_entropy, mutual, kdcl]}]}\n",
+        "train.stages.1.objective.2.loss: kdcl would train the peers of train.stages.1.objective.1 once more",
+    ),
     "a peer that is not there": recipe(
         ALONE.replace("student: python:models.py:net", "student: {model: 'python:models.py:net', peers: ['python:peers.py:net']}")
         + "objective: [cross_entropy, mutual]\n",

@@ -17,7 +17,7 @@ from limbeck.data.ids import Ids, pair_ids
 from limbeck.data.sources import Raw
 from limbeck.data.splits import Split
 from limbeck.data.text import Tokens, tokens_of
-from limbeck.data.views import Partners, beta, check_augment, image_views
+from limbeck.data.views import Partners, beta, check_augment, draws_views, image_views
 from limbeck.errors import LimbeckError, Problem, UsageError
 from limbeck.pixels import fit, normalise
 from limbeck.randomness import order, seed_for, uniform
@@ -251,7 +251,8 @@ class BatchBuilder:
         self._ids, self._labels, self._rows = split.ids, split.labels, split.rows
         self._student, self._teachers, self._several = student, teachers, isinstance(teacher, tuple)
         self._augment, self._seed, self._classes = augment, data_seed, num_classes
-        self._others = [seed_for(data_seed, "another view", number) for number in range(others)] if augment is not None else []
+        moved = augment is not None and kind == "image" and draws_views(augment)  # else all views of a sample are the same
+        self._others = [seed_for(data_seed, "another view", number) for number in range(others)] if moved else []
         self._float: type[np.floating[Any]] = np.float64 if dtype == torch.float64 else np.float32
         # tokens are all that is needed of text: the texts themselves stay behind
         self._source = None if kind == "text" else split.source
@@ -286,9 +287,10 @@ class BatchBuilder:
             share = beta(self._ids[rows], self._augment.mixup, self._seed, "mixup", request.view)
             labels = self._mixed_labels(rows, partners, share)
         mixed = [rows] if partners is None else [rows, partners]
+        read = [self._read(each) for each in mixed]
 
         def seen(seed: int) -> list[tuple[Raw | None, tuple[int, int] | None]]:
-            return [self._view(each, request.view, seed) for each in mixed]
+            return [self._view(raw, each, request.view, seed) for raw, each in zip(read, mixed, strict=True)]
 
         def prepare(role: str, wanted: Preprocessing, raw: Sequence[tuple[Any, tuple[int, int] | None]]) -> Inputs:
             if isinstance(wanted, TextPreprocessing):
@@ -315,12 +317,12 @@ class BatchBuilder:
         keys = ids if partners is None else pair_ids(ids, self._ids[partners])
         return Batch(ids, request.view, student, teacher, labels, torch.full((len(rows),), request.counted), keys, others)
 
-    def _view(self, rows: Int64, view: int, seed: int) -> tuple[Raw | None, tuple[int, int] | None]:
+    def _read(self, rows: Int64) -> Any:
+        return None if self._source is None else self._source.read(self._rows[rows])
+
+    def _view(self, raw: Any, rows: Int64, view: int, seed: int) -> tuple[Raw | None, tuple[int, int] | None]:
         """Raw samples as this view shows them, and the (height, width) that they all had before."""
-        if self._source is None:
-            return None, None
-        raw: Any = self._source.read(self._rows[rows])
-        if self._source.kind != "image":
+        if self._source is None or self._source.kind != "image":
             return raw, None
         own = None if isinstance(raw, list) else raw.shape[1:3]
         return raw if self._augment is None else image_views(raw, self._ids[rows], view, self._augment, seed), own

@@ -103,7 +103,9 @@ def shared_memory_for(workers: int, size: int, free: int) -> tuple[int, str]:
 
 def _shared_bytes(batch: Batch) -> int:
     """Of its tensors; the rest goes through a pipe."""
-    inputs = [batch.student] if batch.teacher is None or batch.teacher is batch.student else [batch.student, batch.teacher]
+    inputs = [batch.student, *batch.others]
+    if batch.teacher is not None and batch.teacher is not batch.student:
+        inputs.append(batch.teacher)
     tensors = [*(v for given in inputs for v in given.values()), batch.labels, batch.mask]
     return sum(t.numel() * t.element_size() for t in tensors)
 

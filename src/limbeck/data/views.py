@@ -78,6 +78,11 @@ def check_augment(setting: Augment, kind: Kind, channels: int = 3) -> None:
         raise UsageError(problems)
 
 
+def draws_views(setting: Augment) -> bool:
+    """Whether an image looks different from view to view before it is mixed with another one."""
+    return bool(setting.crop or setting.resized_crop or setting.flip or setting.randaugment or setting.erase)
+
+
 def image_views(raw: Pixels | list[Pixels], ids: Ids, view: int, augment: Augment, data_seed: int) -> Pixels | list[Pixels]:
     """The views of raw images, at their own geometry (a resized crop: cropped only; the models resize it).
 
