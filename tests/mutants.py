@@ -51,6 +51,7 @@ KILLED = ("unit/test_loop.py::test_a_killed_run_leaves_no_step_twice_in_the_log"
 TEACHER = ("unit/test_teacher.py",)
 CRD = ("unit/test_crd.py",)
 PEERS = ("e2e/test_peers.py",)
+VERSION = ("e2e/test_resume.py::test_a_module_that_wants_to_know_its_version",)
 KILLED_PEERS = ("e2e/test_peers.py::test_killed_between_the_student_and_its_peers",)
 BATCHES = ("unit/test_data_batches.py",)
 LENT = ("e2e/test_peers.py::test_a_sweep_lends_a_baseline_of_the_same_budget_alone",)
@@ -556,9 +557,18 @@ MUTANTS = (
         "zip([student], states)",
         KILLED_PEERS,
     ),
+    Mutant("each-term-takes-the-first-view", "objective.py", "batch.others[self.first_view :]", "batch.others", LOSSES),
+    Mutant("a-version-that-is-not-told", "models/_files.py", "placed._metadata = ", "_ = ", VERSION),
+    Mutant("further-views-beyond-the-shared-memory", "data/loader.py", "[batch.student, *batch.others]", "[batch.student]", MEMORY),
     Mutant("peers-of-one-seed-are-told", "_results.py", "_over_seeds(list(peer), best)", "peer[best]", PEERS),
-    Mutant("all-have-views-of-their-own", "objective.py", "batch.others if self.entry.own_views else ()", "batch.others", LOSSES),
-    Mutant("nobody-has-a-view-of-its-own", "objective.py", "own[:count] or (batch.student,) * count", "(batch.student,) * count", LOSSES),
+    Mutant("all-have-views-of-their-own", "objective.py", " if self.entry.own_views else ()", "", LOSSES),
+    Mutant(
+        "nobody-has-a-view-of-its-own",
+        "objective.py",
+        "own[: self.beside] or (batch.student,) * self.beside",
+        "(batch.student,) * self.beside",
+        LOSSES,
+    ),
     Mutant("a-view-of-its-own-that-is-not", "data/batches.py", 'seed_for(data_seed, "another view", number)', "data_seed", BATCHES),
     Mutant("a-baseline-of-its-own-feed", "_parts.py", "if taught and self.labelled is not", "if self.labelled is not", PEERS),
     # --- several teachers
@@ -651,14 +661,14 @@ MUTANTS = (
     Mutant(
         "average-not-validated",
         "loop.py",
-        "        self.module.load_state_dict(self.average.values)\n        try:",
+        "        load_state(self.module, self.average.values)\n        try:",
         "        try:",
         LOOP,
     ),
     Mutant(
         "average-not-exported",
         "loop.py",
-        "        elif self.average is not None:\n            self.module.load_state_dict(self.average.values)",
+        "        elif self.average is not None:\n            load_state(self.module, self.average.values)",
         "",
         LOOP,
     ),
@@ -708,7 +718,7 @@ MUTANTS = (
     Mutant("resume-without-optimiser", "loop.py", 'checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])', "pass", RESUME),
     Mutant("resume-without-average", "loop.py", 'value.copy_(saved["average"][name])', "pass", RESUME),
     Mutant("resume-without-best", "loop.py", 'self.best = saved["best"]', "pass", RESUME),
-    Mutant("resume-without-projection", "loop.py", 'self.objective.load_state_dict(saved["objective"])', "pass", RESUME),
+    Mutant("resume-without-projection", "loop.py", 'load_state(self.objective, saved["objective"])', "pass", RESUME),
     Mutant("resume-without-log-cut", "loop.py", 'recorder.log.cut(found[1]["log_offset"])', "pass", KILLED),
     Mutant("restart-without-log-cut", "loop.py", "recorder.log.cut_role(recorder.role)", "pass", KILLED),
     Mutant(
@@ -747,7 +757,7 @@ MUTANTS = (
         ("e2e/test_sweep.py::test_a_teacher_is_trained_again_where_its_own_training_is_varied",),
     ),
     Mutant("chosen-on-the-test-split", "_parts.py", "split = self.data.valid\n", "split = self.data.test\n", BASELINE),
-    Mutant("student-evaluated-as-baseline", "spine.py", "student.module.load_state_dict(trained[role][1])", "pass", BASELINE),
+    Mutant("student-evaluated-as-baseline", "spine.py", "load_state(student.module, trained[role][1])", "pass", BASELINE),
     Mutant(
         "agreement-with-oneself",
         "_results.py",

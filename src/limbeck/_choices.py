@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.engine import Engine, Work, candidates, measure
-from limbeck.models import Capture, Model, Recomputed
+from limbeck.models import Capture, Model, Recomputed, load_state
 from limbeck.objective import Objective
 from limbeck.randomness import seed_for
 from limbeck.recipe import Recipe, Train
@@ -88,7 +88,7 @@ def student_choice(
     def prepare(engine: Engine) -> Work:
         engine.place(module)
         engine.place(objective)
-        module.load_state_dict(before)
+        load_state(module, before)
         sent = engine.send(batch)
 
         def step() -> None:
@@ -119,7 +119,7 @@ def student_choice(
         module.zero_grad(set_to_none=True)
         objective.zero_grad(set_to_none=True)
         Engine(torch.device("cpu")).place(module)
-        module.load_state_dict(before)
+        load_state(module, before)
 
 
 def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from limbeck.data import cuts
 from limbeck.engine import Engine
 from limbeck.errors import Stopped
 from limbeck.memory import available, largest
-from limbeck.models import Capture, Model, Recomputed
+from limbeck.models import Capture, Model, Recomputed, load_state
 from limbeck.objective import Objective
 from limbeck.optimizer import make_optimizer
 from limbeck.placement import Here, asked_in_the_loop
@@ -169,7 +169,7 @@ def _put_back(module: nn.Module) -> Iterator[None]:
             p.data = data
         for m, held in buffers:
             m._buffers.update(held)
-        module.load_state_dict(values)
+        load_state(module, values)
         for m, training in modes:
             m.training = training
 

@@ -23,7 +23,7 @@ from limbeck.engine import Engine
 from limbeck.ensemble import Mixing
 from limbeck.errors import Problem, UsageError
 from limbeck.loop import Feed, Recorder, Trained, asking, fit
-from limbeck.models import Model, save_model, state_hash
+from limbeck.models import Model, load_state, save_model, state_hash
 from limbeck.objective import Objective, StagedObjective
 from limbeck.placement import attend, lives_of
 from limbeck.progress import Progress
@@ -193,7 +193,7 @@ def _fit_once(
             raise UsageError(Problem("--resume", text, "Run it again into another --out."))
         for model, state in zip([student, *peers], states, strict=True):
             engine.place(model.module)
-            model.module.load_state_dict(state)
+            load_state(model.module, state)
         trained, state = Trained(**found[1]["done"]), found[1]["student"]
     else:
         trained = fit(student, teacher, objective, feed, engine, recipe.train, recipe.seed, recorder, ranks)

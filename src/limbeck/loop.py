@@ -19,7 +19,7 @@ from limbeck._balance import pulling
 from limbeck.data import Request, StagedPlan, stream
 from limbeck.engine import Engine
 from limbeck.errors import Interrupted, LimbeckError, NonFinite
-from limbeck.models import Capture, Model, Recomputed
+from limbeck.models import Capture, Model, Recomputed, load_state
 from limbeck.objective import Objective, Rows, StagedObjective
 from limbeck.optimizer import Step, make_optimizer
 from limbeck.progress import Progress, memory_bytes
@@ -370,8 +370,8 @@ class _State:
         }
 
     def restore(self, saved: dict[str, Any], done: Trained) -> None:
-        self.module.load_state_dict(saved["student"])
-        self.objective.load_state_dict(saved["objective"])
+        load_state(self.module, saved["student"])
+        load_state(self.objective, saved["objective"])
         checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -391,18 +391,18 @@ class _State:
             yield
             return
         current = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
-        self.module.load_state_dict(self.average.values)
+        load_state(self.module, self.average.values)
         try:
             yield
         finally:
-            self.module.load_state_dict(current)
+            load_state(self.module, current)
 
     def finish(self, done: Trained) -> None:
         """Leave the selected weights in the module."""
         if self.best is not None:
-            self.module.load_state_dict(self.best)
+            load_state(self.module, self.best)
         elif self.average is not None:
-            self.module.load_state_dict(self.average.values)
+            load_state(self.module, self.average.values)
 
 
 def _close_epoch(epoch: int, epochs: int, stage: int, state: _State, done: Trained, settings: Train, recorder: Recorder) -> None:

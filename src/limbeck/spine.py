@@ -47,7 +47,7 @@ from limbeck.errors import Interrupted, Problem, Stopped, UsageError
 from limbeck.evaluate import agreement, metrics
 from limbeck.export import export_model
 from limbeck.loop import Trained
-from limbeck.models import Model, load_into, which_blocks
+from limbeck.models import Model, load_into, load_state, which_blocks
 from limbeck.placement import Ahead, Here, asked_in_the_loop, beside, live_of, lives_of, served
 from limbeck.progress import Progress
 from limbeck.ranks import Ranks, joined, refuse_lost_folder
@@ -444,7 +444,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
                 stop.between(f"the evaluation of the {role}")
                 if ranks.teaching:
                     continue
-                student.module.load_state_dict(trained[role][1])
+                load_state(student.module, trained[role][1])
                 shared.exact.place(student.module)
                 logits[role] = parts.logits(student, data.test, shared.exact)
                 if ranks.main:
@@ -473,7 +473,7 @@ def _one_seed(job: Job, folder: Path, recipe: Recipe, student: Model, shared: Sh
                 failure = e
             stop.alone("the report")  # an exporter may have taken the signal for a failure of its own
             shared.exact.place(student.module)
-            student.module.load_state_dict(trained["student"][1])
+            load_state(student.module, trained["student"][1])
         result = seed_metrics(
             recipe,
             data,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import limbeck as package
-from running import Started, arrays, fork, left_over, limbeck, lines, make_folder, read, recipe, run, start, steps, wait_for, weights
+from running import NETS, Started, arrays, fork, left_over, limbeck, lines, make_folder, read, recipe, run, start, steps, wait_for, weights
 
 RICH: dict[str, Any] = {
     "teacher": {"model": "python:nets.py:teacher", "train": {"epochs": 2}},
@@ -241,3 +241,38 @@ def test_a_run_from_python_resumes_with_objects(there: Path, tmp_path: Path) -> 
     with pytest.raises(UsageError, match=r"train\.lr"):
         call(tmp_path / "run", Stays, resume=True, lr=0.5)
     assert lines(tmp_path / "run", "student")
+
+
+VERSIONED = '''
+
+class Versioned(Net):
+    """Changed its layout once, and wants to be told which one it is given, as torchvision's MnasNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be set to 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def versioned(num_classes=3):
+    return Versioned(4, num_classes)
+'''
+
+
+def test_a_module_that_wants_to_know_its_version(tmp_path: Path) -> None:
+    """Wherever its weights are put back: measuring, a checkpoint, an average, the best epoch, evaluation, peers."""
+    make_folder(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS + VERSIONED)
+    model = "python:nets.py:versioned"
+    train = {"precision": "auto", "ema": 0.9, "select": "best", "checkpoint_every": 1, "epochs": 3}
+    objective = ["cross_entropy", {"loss": "kd"}, {"loss": "mutual"}]
+    path = recipe(tmp_path, teacher={"model": model}, student={"model": model, "peers": [model]}, objective=objective, train=train)
+    stopped = start("distill", path, "--out", tmp_path / "run", SLOW="0.1")
+    wait_for(stopped, lambda: len(steps(tmp_path / "run", "student")) > 2)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=300)
+    assert stopped.returncode == 75, said
+    assert limbeck("distill", path, "--out", tmp_path / "run", "--resume") == 0
+    assert limbeck("evaluate", tmp_path / "run") == 0

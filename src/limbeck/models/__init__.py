@@ -2,6 +2,7 @@
 
 from limbeck.models._build import build_model, wrap_module
 from limbeck.models._capture import Capture, called_layers, probe_shapes, validate_paths
+from limbeck.models._files import load_state
 from limbeck.models._heads import resize_head
 from limbeck.models._identity import architecture_sha256, normalised_by_data, preprocessing_identity, sources
 from limbeck.models._images import adapt_published, try_model
@@ -30,6 +31,7 @@ __all__ = [
     "known_models",
     "load_into",
     "load_saved",
+    "load_state",
     "logits_of",
     "normalised_by_data",
     "pair_layers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -79,11 +80,19 @@ def place(module: nn.Module, state: dict[str, Tensor]) -> str:
         if names
     ]
     if not parts:
-        placed = OrderedDict(state)
-        # Modules that changed their layout once (torchvision's MnasNet) look for its version here, which a safetensors file does not carry.
-        placed._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
-        module.load_state_dict(placed, strict=False)
+        load_state(module, state, strict=False)
     return "; ".join(parts)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """``load_state_dict`` of plain named tensors, in the layout that the module has now.
+
+    Modules that changed their layout once (torchvision's MnasNet) look for its version beside the tensors, which neither a safetensors file nor a
+    dict carries.
+    """
+    placed = OrderedDict(state)
+    placed._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    module.load_state_dict(placed, strict=strict)
 
 
 def write_weights(module: nn.Module, path: Path) -> None:
