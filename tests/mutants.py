@@ -282,6 +282,7 @@ MUTANTS = (
     ),
     Mutant("attention-of-signed-features", "losses/maps.py", "unit(x.abs().pow(p).mean(1)", "unit(x.mean(1)", LOSSES),
     Mutant("nst-of-first-degree", "losses/maps.py", "(a @ b.transpose(1, 2)).square()", "(a @ b.transpose(1, 2))", LOSSES),
+    Mutant("nst-of-places-not-divided", "losses/maps.py", "@ s / s.shape[1] -", "@ s -", LOSSES),
     Mutant("vid-without-its-variance", "losses/maps.py", " + variance.log())", " )", LOSSES),
     Mutant("ofd-whole-l2", "losses/maps.py", " * ((student > target) | (target > 0))", "", LOSSES),
     Mutant(

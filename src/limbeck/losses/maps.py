@@ -67,6 +67,9 @@ def nst(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = pooled(raised(student), raised(teacher).detach())
     s, t = unit(student.flatten(2)), unit(teacher.flatten(2))
+    if s.shape[2] <= min(s.shape[1], t.shape[1]):
+        # The sum of squared products of all channels is the product of the two Gram matrices of places, which are the smaller ones here.
+        return (s.transpose(1, 2) @ s / s.shape[1] - t.transpose(1, 2) @ t / t.shape[1]).square().sum((1, 2))
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.transpose(1, 2)).square().mean((1, 2))
