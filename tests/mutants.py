@@ -52,6 +52,7 @@ TEACHER = ("unit/test_teacher.py",)
 CRD = ("unit/test_crd.py",)
 PEERS = ("e2e/test_peers.py",)
 VERSION = ("e2e/test_resume.py::test_a_module_that_wants_to_know_its_version",)
+PAIRING = ("unit/test_layers.py",)
 KILLED_PEERS = ("e2e/test_peers.py::test_killed_between_the_student_and_its_peers",)
 BATCHES = ("unit/test_data_batches.py",)
 LENT = ("e2e/test_peers.py::test_a_sweep_lends_a_baseline_of_the_same_budget_alone",)
@@ -204,6 +205,11 @@ MUTANTS = (
         "each[-min(map(len, stages)) :]",
         "each[: min(map(len, stages))]",
         ("unit/test_layers.py",),
+    ),
+    Mutant("stages-end-within-the-next-block", "models/_pairing.py", "return any(outer in blocks or", "return any(False and", PAIRING),
+    Mutant("gates-end-the-stages", "models/_pairing.py", "if all(sizes.get(outer, (1, 1)) == (1, 1) for", "if all(True for", PAIRING),
+    Mutant(
+        "attention-within-a-stage-is-a-transformer", "models/_pairing.py", "inside = len(stages) > 2 and", "inside = False and", PAIRING
     ),
     Mutant(
         "a-resume-pairs-anew",

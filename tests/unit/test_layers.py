@@ -125,6 +125,35 @@ def test_stages_of_convolutional_networks_are_paired_from_the_last(tmp_path: Pat
     assert pair_layers(plain, deep) == [("1", "layer3"), ("3", "layer4")]
 
 
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        # a bottleneck's, an inverted residual's first convolution has the size of the stage before
+        ("torchvision:resnet50", ["layer1", "layer2", "layer3", "layer4"]),
+        ("torchvision:mobilenet_v2", ["features.1", "features.3", "features.6", "features.13", "features"]),
+        # gates pool to 1 x 1 within a block, and the classifier behind
+        ("torchvision:efficientnet_b0", ["features.1", "features.2", "features.3", "features.5", "features"]),
+        ("torchvision:mobilenet_v3_small", ["features.0", "features.1", "features.3", "features.8", "features"]),
+        # a stage begins with what shrinks it; maps of (B, H, W, channels) within are no sizes
+        ("torchvision:convnext_tiny", ["features.1", "features.3", "features.5", "features"]),
+        ("torchvision:densenet121", ["features.denseblock1", "features.denseblock2", "features.denseblock3", "features"]),
+        ("timm:convnext_atto", ["stages.0", "stages.1", "stages.2", "stages"]),
+        ("timm:edgenext_xx_small", ["stages.0", "stages.1", "stages.2", "stages"]),
+        ("timm:regnetx_002", ["stem", "s1", "s2", "s3", "s4"]),
+        # attention within stages makes no transformer
+        ("timm:mobilevit_xxs", ["stages.0", "stages.1", "stages.2", "stages.3", "final_conv"]),
+        ("timm:mobilevitv2_050", ["stages.0", "stages.1", "stages.2", "stages.3", "stages"]),
+        ("cifar:wrn_16_2", ["block1", "block2", "block3"]),
+    ],
+)
+def test_stages_end_where_the_next_one_shrinks(name: str, ends: list[str], tmp_path: Path) -> None:
+    pytest.importorskip(name.partition(":")[0] if "cifar" not in name else "torch")
+    given = spec(name) if name.startswith("cifar") else spec(name, "scratch")
+    model = build_model(given, role="student", data=images((64, 64)), seed=0, base=tmp_path)
+    assert exit_layers(model) == ends
+    assert not any(m._forward_hooks for m in model.module.modules())
+
+
 def test_layers_of_transformers_are_spaced_evenly(tmp_path: Path) -> None:
     small, deep = (
         build_model(spec(f"hf:{text_folder(tmp_path / str(n), family, layers=n)}"), role="student", data=texts(), seed=0, base=tmp_path)
